@@ -1,0 +1,287 @@
+"""The bus: Redis Streams and the scripts that make every step on it exactly once.
+
+Loss semantics: a call either happened whole or not at all; repeating it is safe, because each
+script checks a sequence, an owner or a position before its first write.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.retry import Retry
+
+from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced
+from shared.frames import Frame, parse
+from shared.keys import Keys
+
+KEEP_ENTRIES = 16
+_DOWN = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterDownError)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the bus: bytes a stream may hold, debugging window, longest blocking read."""
+
+    stream_max_bytes: int = 64 << 20
+    window_ms: int = 15 * 60_000
+    block_ms: int = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a stage commits: from one input position to the next."""
+
+    token: str
+    stage: str
+    from_pos: str
+    to_pos: str
+    records: int
+    last_ns: int
+    out_seq: int
+    changes: dict[str, bytes]
+    deletes: Sequence[str]
+    outputs: dict[str, list[Frame]]
+
+
+class Bus:
+    """A connection to Redis (or a Redis Cluster) that speaks in frames.
+
+    One Bus per thread that blocks; `clone()` makes another on the same server.
+    """
+
+    def __init__(self, url: str, namespace: str = "md", *, cluster: bool = False,
+                 limits: Limits | None = None) -> None:
+        self.url, self.cluster = url, cluster
+        self.keys = Keys(namespace)
+        self.limits = limits or Limits()
+        # Our scripts carry their own idempotence; the client's blind retries would double the rest.
+        options: dict[str, Any] = {
+            "socket_timeout": self.limits.block_ms / 1000 + 5,
+            "socket_connect_timeout": 5,
+        }
+        try:
+            if cluster:
+                self.client: Any = RedisCluster.from_url(url, **options)
+            else:
+                self.client = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options)
+        except ValueError as error:
+            raise ConfigError(f"REDIS_URL is not a Redis URL ({error}); use redis://host:port/db") from None
+        except _DOWN as error:
+            raise BusUnavailable(f"Redis at {self.where} does not answer ({_short(error)})") from None
+        folder = files("shared") / "scripts"
+        self._script = {
+            name: self.client.register_script((folder / f"{name}.lua").read_text())
+            for name in ("publish", "attach", "commit", "lease", "trim")
+        }
+
+    def clone(self) -> Bus:
+        return Bus(self.url, self.keys.namespace, cluster=self.cluster, limits=self.limits)
+
+    def close(self) -> None:
+        self.client.close()
+
+    @property
+    def where(self) -> str:
+        """host:port without credentials."""
+        return self.url.rsplit("@", 1)[-1].removeprefix("redis://").removeprefix("rediss://")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.AuthenticationError:
+            raise AuthError(f"Redis at {self.where} refused the credentials; check REDIS_URL") from None
+        except redis.exceptions.BusyLoadingError:
+            raise BusUnavailable(f"Redis at {self.where} is loading its data") from None
+        except _DOWN as error:
+            raise BusUnavailable(f"Redis at {self.where} does not answer ({_short(error)})") from None
+        except redis.exceptions.OutOfMemoryError:
+            raise BusUnavailable(f"Redis at {self.where} is out of memory; raise maxmemory") from None
+        except redis.ResponseError as error:
+            if str(error).startswith("NOAUTH"):
+                raise AuthError(f"Redis at {self.where} wants a password; put it into REDIS_URL") from None
+            if str(error).startswith(("MISCONF", "LOADING", "READONLY")):
+                raise BusUnavailable(f"Redis at {self.where} refuses writes ({_short(error)})") from None
+            raise
+
+    def ping(self) -> None:
+        """Raises BusUnavailable or AuthError."""
+        with self._errors():
+            self.client.ping()
+
+    def call(self, command: str, *args: Any, **options: Any) -> Any:
+        """Any plain command, with our errors."""
+        with self._errors():
+            return getattr(self.client, command)(*args, **options)
+
+    def deploy(self, partitions: int) -> None:
+        """Fix the number of partitions of this deployment, or check it.
+
+        Raises ConfigError when the bus was made with another number.
+        """
+        with self._errors():
+            self.client.hsetnx(self.keys.deployment, "partitions", partitions)
+            held = int(self.client.hget(self.keys.deployment, "partitions"))
+        if held != partitions:
+            raise ConfigError(
+                f"Redis at {self.where} holds a deployment of {held} partitions, the settings say "
+                f"{partitions}: set TAPELINE_PARTITIONS={held}, or use another namespace"
+            )
+
+    # -- producing ---------------------------------------------------------------------------
+
+    def attach(self, partition: int, producer: str, owner: str) -> tuple[int, bytes]:
+        """Own a producer id from now on; returns (last sequence, its source cursor)."""
+        with self._errors():
+            seq, cursor = self._script["attach"](
+                keys=[self.keys.producers(partition)], args=[producer, owner]
+            )
+        return int(seq), cursor
+
+    def publish(self, partition: int, producer: str, owner: str, seq: int, frames: list[Frame],
+                cursor: bytes, topic: str = "ticks") -> bool:
+        """Add frames with sequences seq, seq+1, … and the cursor behind them; False = stream full.
+
+        Doing it again is harmless. Raises Fenced, BusBehind, BusUnavailable.
+        """
+        k = self.keys
+        size = sum(len(f.body) + 200 for f in frames)
+        args: list[Any] = [
+            producer, owner, seq, len(frames), sum(f.count for f in frames), frames[-1].last_ns,
+            size, self.limits.stream_max_bytes, cursor,
+        ]  # fmt: skip
+        for i, frame in enumerate(frames):
+            items = frame.fields(seq + i)
+            args.append(len(items))
+            args += items
+        with self._errors():
+            status, last, _ = self._script["publish"](
+                keys=[k.stream(partition, topic), k.producers(partition), k.info(partition, topic)],
+                args=args,
+            )
+        if status in (b"OK", b"DUPLICATE"):
+            return True
+        if status == b"FENCED":
+            raise Fenced(f"another process publishes as '{producer}' now; this one stops")
+        if status == b"BEHIND":
+            raise BusBehind(f"partition {partition} stands at sequence {last} of '{producer}', not {seq - 1}")
+        return False
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def read(self, partition: int, topic: str, position: str, count: int, block_ms: int | None = None) -> list[Frame]:
+        """Frames after `position`, oldest first; waits up to `block_ms` for the first one (None: no wait)."""
+        with self._errors():
+            reply = self.client.xread({self.keys.stream(partition, topic): position}, count=count, block=block_ms)
+        if not reply:
+            return []
+        entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
+        return [parse(entry_id, fields) for entry_id, fields in entries]
+
+    def last_id(self, partition: int, topic: str) -> str:
+        """Id of the newest entry ever added, `0-0` for none."""
+        with self._errors():
+            entry = self.client.xrevrange(self.keys.stream(partition, topic), count=1)
+        return entry[0][0].decode() if entry else "0-0"
+
+    # -- stages ------------------------------------------------------------------------------
+
+    def acquire(self, partition: int, stage: str, owner: str, ttl_ms: int) -> str | None:
+        """Lease token, or None when another worker holds the partition."""
+        with self._errors():
+            ok, token = self._script["lease"](
+                keys=[self.keys.lease(partition, stage)], args=["acquire", owner, ttl_ms, uuid.uuid4().hex[:12]]
+            )
+        return token.decode() if ok else None
+
+    def renew(self, partition: int, stage: str, token: str, ttl_ms: int) -> bool:
+        with self._errors():
+            ok, _ = self._script["lease"](keys=[self.keys.lease(partition, stage)], args=["renew", token, ttl_ms])
+        return bool(ok)
+
+    def release(self, partition: int, stage: str, token: str) -> None:
+        with self._errors():
+            self._script["lease"](keys=[self.keys.lease(partition, stage)], args=["release", token, 0])
+
+    def load(self, partition: int, stage: str, topic: str) -> tuple[str, int, dict[str, bytes]]:
+        """(position, output sequence, state) as last committed; registers the stage as a consumer."""
+        k = self.keys
+        with self._errors():
+            self.client.hsetnx(k.consumers(partition, topic), stage, "0-0")
+            pos, seq = self.client.hmget(k.meta(partition, stage), "pos", "out_seq")
+            state = self.client.hgetall(k.state(partition, stage))
+        return (
+            pos.decode() if pos else "0-0",
+            int(seq or 0),
+            {name.decode(): value for name, value in state.items()},
+        )
+
+    def commit(self, partition: int, topic: str, step: Step) -> bool:
+        """Commit a step; False when an output stream is full (wait and repeat).
+
+        Raises Fenced when the lease or the position is another worker's.
+        """
+        k = self.keys
+        keys = [k.lease(partition, step.stage), k.meta(partition, step.stage), k.state(partition, step.stage),
+                k.consumers(partition, topic)]  # fmt: skip
+        args: list[Any] = [step.token, step.stage, step.from_pos, step.to_pos, step.records, step.last_ns,
+                           step.out_seq, len(step.outputs)]  # fmt: skip
+        tail: list[Any] = []
+        for out, frames in step.outputs.items():
+            keys += [k.stream(partition, out), k.info(partition, out)]
+            args += [self.limits.stream_max_bytes, sum(len(f.body) + 200 for f in frames),
+                     sum(f.count for f in frames), len(frames), frames[-1].last_ns if frames else 0]  # fmt: skip
+            for frame in frames:
+                items = frame.fields(frame.seq)
+                tail.append(len(items))
+                tail += items
+        args.append(2 * len(step.changes))
+        for name, value in step.changes.items():
+            args += [name, value]
+        args += [len(step.deletes), *step.deletes, *tail]
+        with self._errors():
+            status, detail = self._script["commit"](keys=keys, args=args)
+        if status == b"OK":
+            return True
+        if status == b"FULL":
+            return False
+        raise Fenced(f"{step.stage} of partition {partition} is {detail.decode() or 'nobody'}'s now ({status.decode()})")
+
+    def done_with(self, partition: int, topic: str, consumer: str, position: str) -> None:
+        """A sink says how far its store has got; trimming may go so far."""
+        with self._errors():
+            self.client.hset(self.keys.consumers(partition, topic), consumer, position)
+
+    def register(self, partition: int, topic: str, consumer: str) -> None:
+        """Hold back trimming for a consumer from now on (kept if it is known already)."""
+        with self._errors():
+            self.client.hsetnx(self.keys.consumers(partition, topic), consumer, "0-0")
+
+    def trim(self, partition: int, topic: str) -> int:
+        """Trim what every consumer is done with; returns the entries removed."""
+        k = self.keys
+        with self._errors():
+            return int(self._script["trim"](
+                keys=[k.stream(partition, topic), k.info(partition, topic), k.consumers(partition, topic)],
+                args=[self.limits.window_ms, self.limits.stream_max_bytes, KEEP_ENTRIES],
+            ))  # fmt: skip
+
+
+def worker_id(service: str) -> str:
+    """`aggregate@host:pid`, unique per process start."""
+    return f"{service}@{socket.gethostname()}:{os.getpid()}:{time.time_ns() & 0xFFFF:04x}"
+
+
+def _short(error: BaseException) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -1,0 +1,60 @@
+"""Workers say that they live: one JSON a worker in `md:workers`, by Redis's own clock."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import msgspec
+
+from shared.bus import Bus
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """A worker's last sign of life. `progress_ms`: when it last moved anything."""
+
+    worker: str
+    service: str
+    host: str
+    pid: int
+    at_ms: int
+    partitions: list[int] = []
+    detail: str = ""
+
+
+def redis_now_ms(bus: Bus) -> int:
+    """Redis's TIME in milliseconds."""
+    seconds, micros = bus.call("time") if not bus.cluster else _cluster_time(bus)
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def _cluster_time(bus: Bus) -> Any:
+    return bus.call("time", target_nodes=bus.client.get_default_node())
+
+
+def beat(bus: Bus, worker: str, service: str, partitions: list[int] | None = None, detail: str = "") -> int:
+    """Write this worker's heartbeat; returns Redis's time in ms."""
+    now = redis_now_ms(bus)
+    message = Beat(worker, service, socket.gethostname(), os.getpid(), now, sorted(partitions or []), detail)
+    bus.call("hset", bus.keys.workers, worker, msgspec.json.encode(message))
+    return now
+
+
+def leave(bus: Bus, worker: str) -> None:
+    """Forget this worker (clean shutdown)."""
+    bus.call("hdel", bus.keys.workers, worker)
+
+
+def living(bus: Bus, within_ms: int, service: str | None = None) -> list[Beat]:
+    """Workers whose heartbeat is at most `within_ms` old; long dead ones are removed."""
+    now = redis_now_ms(bus)
+    alive = []
+    for worker, body in bus.call("hgetall", bus.keys.workers).items():
+        heart = msgspec.json.decode(body, type=Beat)
+        if now - heart.at_ms <= within_ms:
+            if service is None or heart.service == service:
+                alive.append(heart)
+        elif now - heart.at_ms > 60 * within_ms:
+            bus.call("hdel", bus.keys.workers, worker)
+    return sorted(alive, key=lambda b: b.worker)

@@ -1,0 +1,30 @@
+-- Trim a stream to the lowest position of its consumers, but not below the debugging window before its
+-- newest entry, unless more than half of the byte bound is held.
+-- KEYS: stream, info, consumers   ARGV: window ms, bound bytes, entries always kept   Returns entries removed.
+local positions = redis.call('HVALS', KEYS[3])
+local length = redis.call('XLEN', KEYS[1])
+local spare = length - tonumber(ARGV[3])
+if #positions == 0 or spare <= 0 then return 0 end
+local ms, sq = math.huge, 0
+for _, id in ipairs(positions) do
+  local a, b = string.match(id, '(%d+)-(%d+)')
+  a, b = tonumber(a), tonumber(b)
+  if a < ms or (a == ms and b < sq) then ms, sq = a, b end
+end
+local held = tonumber(redis.call('HGET', KEYS[2], 'bytes') or '0')
+if held < tonumber(ARGV[2]) / 2 then
+  local newest = tonumber(string.match(redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1][1], '(%d+)-'))
+  local edge = newest - tonumber(ARGV[1])
+  if edge < ms then ms, sq = edge, 0 end
+end
+if ms <= 0 then return 0 end
+local kept = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', ARGV[3])
+local a, b = string.match(kept[#kept][1], '(%d+)-(%d+)')
+a, b = tonumber(a), tonumber(b)
+if a < ms or (a == ms and b < sq + 1) then ms, sq = a, b - 1 end
+local removed = redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f-%.0f', ms, sq + 1))
+if removed > 0 then
+  local left = length - removed
+  redis.call('HSET', KEYS[2], 'bytes', string.format('%.0f', left == 0 and 0 or math.floor(held * left / length)))
+end
+return removed

@@ -1,0 +1,220 @@
+"""Settings: one TOML file and environment variables; an unknown key is an error.
+
+Order, later wins: defaults here, the TOML file (`--config`, `TAPELINE_CONFIG`, `./tapeline.toml`),
+the environment. Every setting `section.name` has the environment variable `TAPELINE_SECTION_NAME`
+(section `tapeline` has none: `TAPELINE_NAME`); some have the older names of `ALIASES` too.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from shared.errors import ConfigError
+
+
+class Tapeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What holds for the whole deployment."""
+
+    partitions: int = 8
+    namespace: str = "md"
+    state_dir: str = "./.tapeline"
+    store: str = "sqlite:///tapeline.db"
+    log_level: str = "INFO"
+    log_format: str = "auto"
+    feeds: tuple[str, ...] = ("synthetic",)
+
+
+class RedisSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bus. Empty `url`: an embedded server is started."""
+
+    url: str = ""
+    cluster: bool = False
+    port: int = 6390
+    stream_max_bytes: int = 64 << 20
+    window_seconds: int = 900
+    lease_seconds: float = 10.0
+
+
+class Databento(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The Databento live feed. `gateway` and `port` are for tests and proxies."""
+
+    api_key: str = ""
+    dataset: str = "GLBX.MDP3"
+    symbols: tuple[str, ...] = ("ES.FUT",)
+    stype: str = "parent"
+    gateway: str = ""
+    port: int = 13000
+    heartbeat_seconds: int = 5
+    silence_seconds: float = 15.0
+    resume_margin_seconds: float = 2.0
+    replay_hours: float = 24.0
+    backoff_max_seconds: float = 30.0
+    start: str = ""
+
+
+class Synthetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The seeded market that needs no key."""
+
+    seed: int = 1
+    roots: tuple[str, ...] = ("ES", "NQ", "CL")
+    trades_per_second: float = 50.0
+    speed: float = 1.0
+
+
+class Ingest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How ticks are packed into frames."""
+
+    linger_ms: float = 5.0
+    frame_records: int = 1000
+
+
+class Aggregate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rolling candles."""
+
+    workers: int = 1
+    candles_1s: bool = True
+    max_lateness_seconds: int = 120
+    quiet_reset_seconds: int = 300
+    big_trade: dict[str, float] = msgspec.field(default_factory=lambda: {"NG": 50.0})
+    big_trade_default: float = 25.0
+    calendars: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Sink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Batches close by rows or age, whichever is first."""
+
+    batch_rows: int = 5000
+    batch_ms: int = 250
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All sections, and where each value came from (`origin["redis.url"] = "env REDIS_URL"`)."""
+
+    tapeline: Tapeline = Tapeline()
+    redis: RedisSettings = RedisSettings()
+    databento: Databento = Databento()
+    synthetic: Synthetic = Synthetic()
+    ingest: Ingest = Ingest()
+    aggregate: Aggregate = Aggregate()
+    sink: Sink = Sink()
+    origin: dict[str, str] = field(default_factory=dict)
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    name: kind for name, kind in get_type_hints(Settings).items() if name != "origin"
+}
+ALIASES = {
+    "REDIS_URL": "redis.url",
+    "DATABASE_URL": "tapeline.store",
+    "DATABENTO_API_KEY": "databento.api_key",
+    "DATABENTO_DATASET": "databento.dataset",
+    "DATABENTO_SYMBOLS": "databento.symbols",
+    "DATABENTO_STYPE": "databento.stype",
+}
+SECRETS = frozenset({"databento.api_key"})
+# Read by other parts of the program, not settings.
+NOT_SETTINGS = frozenset({"TAPELINE_CONFIG"})
+
+
+def env_name(setting: str) -> str:
+    """`redis.url` -> `TAPELINE_REDIS_URL`, `tapeline.store` -> `TAPELINE_STORE`."""
+    section, name = setting.split(".")
+    return f"TAPELINE_{name}".upper() if section == "tapeline" else f"TAPELINE_{section}_{name}".upper()
+
+
+def load(config: str | None = None, environ: dict[str, str] | None = None) -> Settings:
+    """Settings from file and environment.
+
+    Raises ConfigError naming the file or variable, the key and what is wrong with it.
+    """
+    env = dict(os.environ) if environ is None else environ
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    origin: dict[str, str] = {}
+    path = config or env.get("TAPELINE_CONFIG") or ("tapeline.toml" if Path("tapeline.toml").is_file() else None)
+    if path:
+        for section, table in _read(path).items():
+            if section not in SECTIONS or not isinstance(table, dict):
+                raise ConfigError(f"{path}: unknown section [{section}]; known: {', '.join(SECTIONS)}")
+            for name, value in table.items():
+                _known(f"{section}.{name}", f"{path}: [{section}] {name}")
+                values[section][name] = value
+                origin[f"{section}.{name}"] = f"file {path}"
+    by_env = {env_name(f"{s}.{f}"): f"{s}.{f}" for s, kind in SECTIONS.items() for f in kind.__struct_fields__}
+    for variable, text in sorted(env.items(), key=lambda item: item[0].startswith("TAPELINE_")):
+        setting = ALIASES.get(variable) or by_env.get(variable)
+        if setting is None:
+            if variable.startswith("TAPELINE_") and not variable.startswith("TAPELINE_TEST_") and variable not in NOT_SETTINGS:
+                raise ConfigError(f"environment: unknown setting {variable}; `tapeline config show` lists all")
+            continue
+        section, name = setting.split(".")
+        values[section][name] = _from_text(SECTIONS[section], name, text, variable)
+        origin[setting] = f"env {variable}"
+    built: dict[str, Any] = {}
+    for section, kind in SECTIONS.items():
+        try:
+            built[section] = msgspec.convert(values[section], kind, strict=False)
+        except msgspec.ValidationError as error:
+            where = next((origin[f"{section}.{n}"] for n in values[section] if f"`$.{n}" in str(error)), path or "environment")
+            raise ConfigError(f"{where}: [{section}] {error}") from None
+    settings = Settings(**built, origin=origin)
+    _check(settings)
+    return settings
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _known(setting: str, where: str) -> None:
+    section, name = setting.split(".", 1)
+    if name not in SECTIONS[section].__struct_fields__:
+        raise ConfigError(f"{where}: unknown setting; known in [{section}]: {', '.join(SECTIONS[section].__struct_fields__)}")
+
+
+def _from_text(kind: type[msgspec.Struct], name: str, text: str, variable: str) -> Any:
+    hint = str(get_type_hints(kind)[name])
+    if hint.startswith("tuple"):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if hint.startswith("dict"):
+        pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ConfigError(f"environment: {variable} wants NAME=VALUE,NAME=VALUE")
+        return {key.strip(): value.strip() for key, value in pairs}
+    if hint == str(bool):
+        if text.strip().lower() not in ("0", "1", "true", "false", "yes", "no", "on", "off"):
+            raise ConfigError(f"environment: {variable} wants true or false, not '{text}'")
+        return text.strip().lower() in ("1", "true", "yes", "on")
+    return text
+
+
+def _check(s: Settings) -> None:
+    rules = [
+        (1 <= s.tapeline.partitions <= 1024, "tapeline.partitions", "between 1 and 1024"),
+        (s.tapeline.log_level in ("DEBUG", "INFO", "WARNING", "ERROR"), "tapeline.log_level", "DEBUG, INFO, WARNING or ERROR"),
+        (s.tapeline.log_format in ("auto", "json", "plain"), "tapeline.log_format", "auto, json or plain"),
+        (s.redis.stream_max_bytes >= 1 << 20, "redis.stream_max_bytes", "at least 1048576"),
+        (s.redis.lease_seconds >= 1, "redis.lease_seconds", "at least 1"),
+        (s.databento.stype in ("parent", "raw_symbol", "continuous"), "databento.stype", "parent, raw_symbol or continuous"),
+        (1 <= s.ingest.frame_records <= 100_000, "ingest.frame_records", "between 1 and 100000"),
+        (0 <= s.ingest.linger_ms <= 1000, "ingest.linger_ms", "between 0 and 1000"),
+        (1 <= s.aggregate.workers <= 64, "aggregate.workers", "between 1 and 64"),
+        (0 <= s.aggregate.max_lateness_seconds <= 3600, "aggregate.max_lateness_seconds", "between 0 and 3600"),
+        (s.aggregate.quiet_reset_seconds >= 60, "aggregate.quiet_reset_seconds", "at least 60"),
+        (s.sink.batch_rows >= 1, "sink.batch_rows", "at least 1"),
+        (s.sink.batch_ms >= 1, "sink.batch_ms", "at least 1"),
+    ]  # fmt: skip
+    for fine, setting, want in rules:
+        if not fine:
+            raise ConfigError(f"{s.origin.get(setting, 'default')}: {setting} must be {want}")
