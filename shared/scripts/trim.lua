@@ -11,18 +11,21 @@ for _, id in ipairs(positions) do
   a, b = tonumber(a), tonumber(b)
   if a < ms or (a == ms and b < sq) then ms, sq = a, b end
 end
+local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1][1]
+local last_ms, last_sq = string.match(newest, '(%d+)-(%d+)')
+last_ms, last_sq = tonumber(last_ms), tonumber(last_sq)
 local held = tonumber(redis.call('HGET', KEYS[2], 'bytes') or '0')
 if held < tonumber(ARGV[2]) / 2 then
-  local newest = tonumber(string.match(redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1][1], '(%d+)-'))
-  local edge = newest - tonumber(ARGV[1])
+  local edge = last_ms - tonumber(ARGV[1])
   if edge < ms then ms, sq = edge, 0 end
 end
 if ms <= 0 then return 0 end
-local kept = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', ARGV[3])
-local a, b = string.match(kept[#kept][1], '(%d+)-(%d+)')
-a, b = tonumber(a), tonumber(b)
-if a < ms or (a == ms and b < sq + 1) then ms, sq = a, b - 1 end
-local removed = redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f-%.0f', ms, sq + 1))
+local removed
+if ms > last_ms or (ms == last_ms and sq >= last_sq) then
+  removed = redis.call('XTRIM', KEYS[1], 'MAXLEN', ARGV[3])
+else
+  removed = redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f-%.0f', ms, sq + 1))
+end
 if removed > 0 then
   local left = length - removed
   redis.call('HSET', KEYS[2], 'bytes', string.format('%.0f', left == 0 and 0 or math.floor(held * left / length)))

@@ -1,0 +1,77 @@
+"""The arrays that the kernel works on: one structured dtype each, all fields 8 bytes.
+
+Seconds are whole seconds since the epoch, `_ns` are nanoseconds. -1 stands for none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NONE = -1
+NEVER = 1 << 60
+
+# One second of one contract. `delta` is Σ(buy − sell) volume; `delta_high`/`delta_low` its running
+# extremes from 0 at the second's start. `revision` is of the candles_1s row, NONE before its first.
+SUMMARY = np.dtype(
+    [
+        ("sec", "<i8"), ("open", "<f8"), ("high", "<f8"), ("low", "<f8"), ("close", "<f8"),
+        ("first_ns", "<i8"), ("last_ns", "<i8"), ("trades", "<i8"), ("volume", "<f8"),
+        ("ask_volume", "<f8"), ("bid_volume", "<f8"), ("unknown_volume", "<f8"),
+        ("delta", "<f8"), ("delta_high", "<f8"), ("delta_low", "<f8"),
+        ("max_size", "<f8"), ("big_trades", "<i8"), ("big_volume", "<f8"),
+        ("bid_depth", "<f8"), ("ask_depth", "<f8"), ("price_volume", "<f8"),
+        ("spread_sum", "<f8"), ("spread_count", "<i8"), ("revision", "<i8"), ("dirty", "<i8"),
+    ]
+)  # fmt: skip
+
+CONTRACT = np.dtype(
+    [
+        ("id", "<i8"), ("feed", "<i8"), ("root", "<i8"), ("expiry_ns", "<i8"),
+        ("last_px", "<f8"), ("previous_px", "<f8"),  # newest price, and the newest different one before it
+        ("last_sec", "<i8"), ("warm_sec", "<i8"),  # second of the newest trade; first row not before
+    ]
+)  # fmt: skip
+
+# Volume of one contract in one minute: front-month selection looks at the last five.
+MINUTE = np.dtype([("minute", "<i8"), ("volume", "<f8")])
+MINUTES = 8
+
+ROOT = np.dtype(
+    [
+        ("feed", "<i8"), ("calendar_from", "<i8"), ("calendar_to", "<i8"),  # its rows of `sessions`
+        ("open_ns", "<i8"), ("close_ns", "<i8"),  # the session that the tape is in
+        ("counted_open_ns", "<i8"),  # the session that session_cvd belongs to
+        ("cvd", "<f8"), ("session_cvd", "<f8"), ("seeded", "<i8"),
+        ("front", "<i8"), ("judged", "<i8"), ("big_size", "<f8"),
+    ]
+)  # fmt: skip
+
+# What a root looked like when the window ending at `end_sec` closed. `revision` is of the candles_1m row.
+CLOSED = np.dtype(
+    [
+        ("end_sec", "<i8"), ("cvd", "<f8"), ("session_cvd", "<f8"), ("session_ns", "<i8"),
+        ("front", "<i8"), ("revision", "<i8"), ("dirty", "<i8"),
+    ]
+)  # fmt: skip
+
+FEED = np.dtype(
+    [
+        ("id", "<i8"), ("watermark_ns", "<i8"), ("grace_ns", "<i8"), ("closed_sec", "<i8"),
+        ("watched_ns", "<i8"), ("last_sec", "<i8"), ("dirty_from_sec", "<i8"),
+    ]
+)  # fmt: skip
+
+GAP = np.dtype([("feed", "<i8"), ("contract", "<i8"), ("start_ns", "<i8"), ("end_ns", "<i8")])
+
+PARAMS = np.dtype([("max_lateness_ns", "<i8"), ("quiet_sec", "<i8"), ("emit_1s", "<i8"), ("window_sec", "<i8")])
+
+COUNTERS = ("rows_1m", "rows_1s", "late", "trades", "unknown_instrument", "outside_hours", "not_candled", "corrected")
+ROWS_1M, ROWS_1S, LATE_ROWS, TRADES, UNKNOWN, OUTSIDE, NOT_CANDLED, CORRECTED = range(8)
+
+CHUNK = 16  # ring seconds per field of the committed state
+
+
+def ring_seconds(max_lateness_sec: int) -> int:
+    """Seconds that a ring holds: late trades, their windows, and room for corrections to wait."""
+    need = max_lateness_sec + 60 + 64
+    return 1 << (need - 1).bit_length()
