@@ -60,8 +60,7 @@ class Bus:
     One Bus per thread that blocks; `clone()` makes another on the same server.
     """
 
-    def __init__(self, url: str, namespace: str = "md", *, cluster: bool = False,
-                 limits: Limits | None = None) -> None:
+    def __init__(self, url: str, namespace: str = "md", *, cluster: bool = False, limits: Limits | None = None) -> None:
         self.url, self.cluster = url, cluster
         self.keys = Keys(namespace)
         self.limits = limits or Limits()
@@ -144,13 +143,19 @@ class Bus:
     def attach(self, partition: int, producer: str, owner: str) -> tuple[int, bytes]:
         """Own a producer id from now on; returns (last sequence, its source cursor)."""
         with self._errors():
-            seq, cursor = self._script["attach"](
-                keys=[self.keys.producers(partition)], args=[producer, owner]
-            )
+            seq, cursor = self._script["attach"](keys=[self.keys.producers(partition)], args=[producer, owner])
         return int(seq), cursor
 
-    def publish(self, partition: int, producer: str, owner: str, seq: int, frames: list[Frame],
-                cursor: bytes, topic: str = "ticks") -> bool:
+    def publish(
+        self,
+        partition: int,
+        producer: str,
+        owner: str,
+        seq: int,
+        frames: list[Frame],
+        cursor: bytes,
+        topic: str = "ticks",
+    ) -> bool:
         """Add frames with sequences seq, seq+1, … and the cursor behind them; False = stream full.
 
         Doing it again is harmless. Raises Fenced, BusBehind, BusUnavailable.
@@ -256,7 +261,9 @@ class Bus:
             return True
         if status == b"FULL":
             return False
-        raise Fenced(f"{step.stage} of partition {partition} is {detail.decode() or 'nobody'}'s now ({status.decode()})")
+        raise Fenced(
+            f"{step.stage} of partition {partition} is {detail.decode() or 'nobody'}'s now ({status.decode()})"
+        )
 
     def done_with(self, partition: int, topic: str, consumer: str, position: str) -> None:
         """A sink says how far its store has got; trimming may go so far."""

@@ -135,8 +135,7 @@ def parse(entry_id: bytes, flat: dict[bytes, bytes]) -> Frame:
     version = int(flat[b"v"])
     if version > VERSION:
         raise VersionError(
-            f"the bus holds frames of version {version}, this program reads up to {VERSION}: "
-            "upgrade this worker"
+            f"the bus holds frames of version {version}, this program reads up to {VERSION}: upgrade this worker"
         )
     names = flat.get(b"names")
     return Frame(

@@ -150,7 +150,11 @@ def load(config: str | None = None, environ: dict[str, str] | None = None) -> Se
     for variable, text in sorted(env.items(), key=lambda item: item[0].startswith("TAPELINE_")):
         setting = ALIASES.get(variable) or by_env.get(variable)
         if setting is None:
-            if variable.startswith("TAPELINE_") and not variable.startswith("TAPELINE_TEST_") and variable not in NOT_SETTINGS:
+            if (
+                variable.startswith("TAPELINE_")
+                and not variable.startswith("TAPELINE_TEST_")
+                and variable not in NOT_SETTINGS
+            ):
                 raise ConfigError(f"environment: unknown setting {variable}; `tapeline config show` lists all")
             continue
         section, name = setting.split(".")
@@ -161,7 +165,9 @@ def load(config: str | None = None, environ: dict[str, str] | None = None) -> Se
         try:
             built[section] = msgspec.convert(values[section], kind, strict=False)
         except msgspec.ValidationError as error:
-            where = next((origin[f"{section}.{n}"] for n in values[section] if f"`$.{n}" in str(error)), path or "environment")
+            where = next(
+                (origin[f"{section}.{n}"] for n in values[section] if f"`$.{n}" in str(error)), path or "environment"
+            )
             raise ConfigError(f"{where}: [{section}] {error}") from None
     settings = Settings(**built, origin=origin)
     _check(settings)
@@ -180,7 +186,9 @@ def _read(path: str) -> dict[str, Any]:
 def _known(setting: str, where: str) -> None:
     section, name = setting.split(".", 1)
     if name not in SECTIONS[section].__struct_fields__:
-        raise ConfigError(f"{where}: unknown setting; known in [{section}]: {', '.join(SECTIONS[section].__struct_fields__)}")
+        raise ConfigError(
+            f"{where}: unknown setting; known in [{section}]: {', '.join(SECTIONS[section].__struct_fields__)}"
+        )
 
 
 def _from_text(kind: type[msgspec.Struct], name: str, text: str, variable: str) -> Any:

@@ -7,10 +7,11 @@ Source: C. Lee and M. Ready, "Inferring Trade Direction from Intraday Data", Jou
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from shared.compiled import jit_inline
 
 
-@njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@jit_inline
 def lee_ready(price: float, bid: float, ask: float, reference: float) -> int:
     """1 buy, -1 sell, 0 unknown.
 

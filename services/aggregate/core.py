@@ -13,16 +13,33 @@ import msgspec
 import numpy as np
 
 from services.aggregate import kernel
+from services.aggregate.arena import WINDOW, Arrays, table_of
 from services.aggregate.layout import (
-    CHUNK, CLOSED, CONTRACT, COUNTERS, FEED, GAP, LATE_ROWS, MINUTE, MINUTES, NEVER, NONE, PARAMS, ROOT, ROWS_1M,
-    ROWS_1S, SUMMARY, ring_seconds,
+    CACHE,
+    CHUNK,
+    CLOSED,
+    CONTRACT,
+    COUNTERS,
+    FEED,
+    GAP,
+    LATE_ROWS,
+    MINUTE,
+    MINUTES,
+    NEVER,
+    NONE,
+    PARAMS,
+    ROOT,
+    ROWS_1M,
+    ROWS_1S,
+    SUMMARY,
+    ring_seconds,
 )  # fmt: skip
+from services.aggregate.rows import whole
 from shared.frames import CANDLE, LATE, NS, TICK, Frame, Rows
 from shared.instruments import feed_id, is_spread
 from shared.messages import AnyMessage, Clock, Disconnect, Gap, Instrument, decode
 
 STATE_VERSION = 1
-WINDOW = 60
 CANDLED = frozenset("FK?")
 OUT_ROWS = 4096
 JSON_KINDS = frozenset({"instrument", "clock", "gap", "disconnect"})
@@ -70,7 +87,7 @@ class PartitionState:
         self.registry = Registry(lateness_sec=config.max_lateness_sec)
         self.size = ring_seconds(config.max_lateness_sec)
         self.params = np.zeros(1, PARAMS)
-        self.params[0] = (config.max_lateness_sec * NS, config.quiet_sec, int(config.emit_1s), WINDOW)
+        self.params[0] = (config.max_lateness_sec * NS, config.quiet_sec, int(config.emit_1s))
         self.feeds = np.zeros(0, FEED)
         self.contracts = np.zeros(0, CONTRACT)
         self.roots = np.zeros(0, ROOT)
@@ -80,7 +97,7 @@ class PartitionState:
         self.closes = np.zeros((0, self.size), CLOSED)
         self.sessions = np.zeros((0, 2), np.int64)
         self.counters = np.zeros(len(COUNTERS), np.int64)
-        self._calendars: dict[int, tuple[int, int]] = {}
+        self._table: Rows | None = None
         self._ring_dirty = np.zeros((0, self.size // CHUNK), np.int8)
         self._close_dirty = np.zeros((0, self.size // CHUNK), np.int8)
         self._registry_dirty = True
@@ -107,10 +124,7 @@ class PartitionState:
                     self._message(message, seeds, out)
         self._ticks(bodies, out)
         for f in range(len(self.feeds)):
-            while not kernel.flush(
-                f, self.feeds, self.roots, self.contracts, self.ring, self.closes, self.gaps, self.params,
-                self._out_1m, self._out_1s, self.counters,
-            ):  # fmt: skip
+            while not kernel.flush(self._bind(), f):
                 self._drain(out)
         self._drain(out)
         out.names = [(i.root, i.symbol) for i in self.registry.contracts]
@@ -143,24 +157,31 @@ class PartitionState:
             self._watch_from_first(ticks, out)
         at = 0
         while at < len(ticks):
-            at = kernel.run(
-                ticks, at, self.feeds, self.contracts, self.ring, self.minutes, self.roots, self.closes,
-                self.sessions, self.gaps, self._table_key, self._table_value, self.params, self._out_1m,
-                self._out_1s, self._late, self.counters, self._ring_dirty, self._close_dirty,
-            )  # fmt: skip
+            at = kernel.run(ticks, at, self._bind(), self._late)
             if self.counters[LATE_ROWS]:
                 self._drain_late(ticks, out)
             self._drain(out)
 
     def _advance(self, f: int, watermark_ns: int, out: Output) -> None:
-        while not kernel.advance(
-            f, watermark_ns // NS, self.feeds, self.contracts, self.ring, self.minutes, self.roots, self.closes,
-            self.sessions, self.gaps, self.params, self._out_1m, self._out_1s, self.counters,
-            self._ring_dirty, self._close_dirty,
-        ):  # fmt: skip
+        while not kernel.advance(self._bind(), f, watermark_ns // NS):
             self._drain(out)
         self._drain(out)
         self.feeds[f]["watermark_ns"] = max(watermark_ns, int(self.feeds[f]["watermark_ns"]))
+
+    def _bind(self) -> Rows:
+        """The kernel's view of the arrays, made anew when one of them was replaced."""
+        if self._table is None:
+            k = len(self.roots)
+            cache = np.zeros(k, CACHE)
+            cache["contract"] = NONE
+            self._arrays = Arrays(
+                self.feeds, self.contracts, self.ring, self.minutes, self.roots, self.closes, self.sessions, self.gaps,
+                self._table_key, self._table_value, self.params, self._out_1m, self._out_1s, self.counters,
+                self._ring_dirty, self._close_dirty, cache, np.zeros((k, WINDOW), SUMMARY), np.zeros(k, SUMMARY),
+                np.zeros(2, SUMMARY),
+            )  # fmt: skip
+            self._table = table_of(self._arrays)
+        return self._table
 
     def _drain(self, out: Output) -> None:
         for which, rows, into in ((ROWS_1M, self._out_1m, out.candles_1m), (ROWS_1S, self._out_1s, out.candles_1s)):
@@ -237,6 +258,7 @@ class PartitionState:
             if not (self.gaps == row[0]).any():
                 self._revise_for_gap(f, c, gap)
                 self.gaps = np.append(self.gaps, row)
+                self._table = None
 
     def _revise_for_gap(self, f: int, only: int, gap: Gap) -> None:
         """Rows already emitted that the gap touches come again with complete = 0."""
@@ -250,7 +272,7 @@ class PartitionState:
                 front = int(closed["front"])
                 if closed["end_sec"] != end:
                     continue
-                if touched and closed["revision"] != NONE and only in (NONE, front) and kernel.whole(
+                if touched and closed["revision"] != NONE and only in (NONE, front) and whole(
                     self.gaps, f, front, (end - WINDOW) * NS, end * NS
                 ):  # fmt: skip
                     closed["revision"] += 1
@@ -262,7 +284,7 @@ class PartitionState:
                     continue
                 for c in np.flatnonzero(self.contracts["root"] == k):
                     s = self.ring[c, sec & mask]
-                    if s["sec"] == sec and s["revision"] != NONE and only in (NONE, c) and kernel.whole(
+                    if s["sec"] == sec and s["revision"] != NONE and only in (NONE, c) and whole(
                         self.gaps, f, int(c), sec * NS, end * NS
                     ):  # fmt: skip
                         s["revision"] += 1
@@ -297,7 +319,18 @@ class PartitionState:
             self._seed(len(self.roots) - 1, instrument.root, seeds)
         k = self.registry.roots.index(key)
         contract = np.zeros(1, CONTRACT)
-        contract[0] = (instrument.id, f, k, instrument.expiration_ns or 0, np.nan, np.nan, NONE, NEVER)
+        contract[0] = (
+            instrument.id,
+            f,
+            k,
+            self.roots[k]["head"],
+            instrument.expiration_ns or 0,
+            np.nan,
+            np.nan,
+            NONE,
+            NEVER,
+        )
+        self.roots[k]["head"] = len(self.contracts)
         summaries = np.zeros((1, self.size), SUMMARY)
         summaries["sec"] = summaries["revision"] = NONE
         minutes = np.zeros((1, MINUTES), MINUTE)
@@ -315,7 +348,7 @@ class PartitionState:
     def _add_root(self, key: tuple[str, str], f: int) -> None:
         self.registry.roots.append(key)
         root = np.zeros(1, ROOT)
-        root["feed"], root["front"] = f, NONE
+        root["feed"], root["front"], root["head"] = f, NONE, NONE
         root["big_size"] = self.config.big_trade.get(key[1], self.config.big_trade_default)
         closes = np.zeros((1, self.size), CLOSED)
         closes["end_sec"] = closes["front"] = closes["revision"] = NONE
@@ -343,6 +376,7 @@ class PartitionState:
             feed = np.zeros(1, FEED)
             feed[0] = (feed_id(name), NONE, 0, NONE, NONE, NONE, NONE)
             self.feeds = np.append(self.feeds, feed)
+            self._table = None
             self._registry_dirty = self._unwatched = True
         return self.registry.feeds.index(name)
 
@@ -359,6 +393,7 @@ class PartitionState:
                 at += len(table)
             self.roots[k]["calendar_from"], self.roots[k]["calendar_to"] = placed[id(table)]
         self.sessions = np.concatenate(tables) if tables else np.zeros((0, 2), np.int64)
+        self._table = None
 
     def _index(self) -> None:
         known = {i.id: c for c, i in enumerate(self.registry.contracts)}
@@ -372,13 +407,16 @@ class PartitionState:
             self._table_key[at] = key
             self._table_value[at] = value
         self._unwatched = bool((self.feeds["watched_ns"] == NONE).any())
+        self._table = None
 
     # -- state -------------------------------------------------------------------------------
 
     def changes(self) -> dict[str, bytes]:
         """Fields of the committed state that changed since the last call."""
         keep = [g["end_ns"] >= (self.feeds[g["feed"]]["closed_sec"] - self.size) * NS for g in self.gaps]
-        self.gaps = self.gaps[np.array(keep, bool)]
+        if not all(keep):
+            self.gaps = self.gaps[np.array(keep, bool)]
+            self._table = None
         fields = {
             "feeds": self.feeds.tobytes(), "roots": self.roots.tobytes(), "gaps": self.gaps.tobytes(),
             "counters": self.counters.tobytes(),

@@ -26,7 +26,7 @@ SUMMARY = np.dtype(
 
 CONTRACT = np.dtype(
     [
-        ("id", "<i8"), ("feed", "<i8"), ("root", "<i8"), ("expiry_ns", "<i8"),
+        ("id", "<i8"), ("feed", "<i8"), ("root", "<i8"), ("next", "<i8"), ("expiry_ns", "<i8"),
         ("last_px", "<f8"), ("previous_px", "<f8"),  # newest price, and the newest different one before it
         ("last_sec", "<i8"), ("warm_sec", "<i8"),  # second of the newest trade; first row not before
     ]
@@ -43,6 +43,7 @@ ROOT = np.dtype(
         ("counted_open_ns", "<i8"),  # the session that session_cvd belongs to
         ("cvd", "<f8"), ("session_cvd", "<f8"), ("seeded", "<i8"),
         ("front", "<i8"), ("judged", "<i8"), ("big_size", "<f8"),
+        ("head", "<i8"),  # its first contract; `next` of each leads to the others
     ]
 )  # fmt: skip
 
@@ -63,7 +64,10 @@ FEED = np.dtype(
 
 GAP = np.dtype([("feed", "<i8"), ("contract", "<i8"), ("start_ns", "<i8"), ("end_ns", "<i8")])
 
-PARAMS = np.dtype([("max_lateness_ns", "<i8"), ("quiet_sec", "<i8"), ("emit_1s", "<i8"), ("window_sec", "<i8")])
+# What `fold` keeps of a root's trailing window between two seconds; never committed, always recomputable.
+CACHE = np.dtype([("contract", "<i8"), ("block_sec", "<i8"), ("upto_sec", "<i8")])
+
+PARAMS = np.dtype([("max_lateness_ns", "<i8"), ("quiet_sec", "<i8"), ("emit_1s", "<i8")])
 
 COUNTERS = ("rows_1m", "rows_1s", "late", "trades", "unknown_instrument", "outside_hours", "not_candled", "corrected")
 ROWS_1M, ROWS_1S, LATE_ROWS, TRADES, UNKNOWN, OUTSIDE, NOT_CANDLED, CORRECTED = range(8)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from services.ingest.source import Grouped
+from shared.compiled import jit
 from shared.frames import CLOCK, NS, TICK, Rows
 from shared.instruments import feed_id, is_spread, partition_of
 from shared.messages import Instrument
@@ -113,7 +113,7 @@ def widen(trades: NDArray[Any]) -> NDArray[Any]:
     return wide
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _insert(native: Rows, ids: Rows, parts: Rows, key: int, bus_id: int, part: int) -> int:
     mask = len(native) - 1
     at = (key * 2654435761) & mask
@@ -126,7 +126,7 @@ def _insert(native: Rows, ids: Rows, parts: Rows, key: int, bus_id: int, part: i
     return new
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _classify(
     records: Rows, native: Rows, table_id: Rows, table_part: Rows, active: Rows, boundary: int,
     parts: Rows, ids: Rows, crossed: Rows, counts: Rows, skipped: Rows,
@@ -169,7 +169,7 @@ def _classify(
     return boundary
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _scatter(
     records: Rows, parts: Rows, ids: Rows, crossed: Rows, active: Rows, offsets: Rows,
     first_ordinal: int, feed: int, rows: Rows, ordinals: Rows,

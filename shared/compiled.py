@@ -1,0 +1,60 @@
+"""How hot paths are compiled: numba, without the GIL, cached on disk.
+
+Numba's own cache looks only at the file of the function itself, so an edited dtype or callee would
+meet old machine code. Here the cache folder is named after a digest of all sources that compiled
+code comes from: another version, another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SOURCES = (
+    "shared.frames",
+    "shared.sides",
+    "services.ingest.normalize",
+    "services.aggregate.layout",
+    "services.aggregate.arena",
+    "services.aggregate.rows",
+    "services.aggregate.kernel",
+)
+
+
+def cache_folder() -> Path:
+    """Where the machine code of these sources is kept: beside this package, else in ~/.cache."""
+    digest = hashlib.blake2b(numba.__version__.encode(), digest_size=8)
+    here = Path(__file__).parent
+    for name in SOURCES:
+        package, _, module = name.rpartition(".")
+        spec = find_spec(package)
+        if spec is not None and spec.origin is not None:
+            file = Path(spec.origin).parent / f"{module}.py"
+            digest.update(file.read_bytes() if file.is_file() else b"")
+    base = here / "__pycache__"
+    if not os.access(base if base.is_dir() else here, os.W_OK):
+        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tapeline"
+    return base / f"kernels-{digest.hexdigest()}"
+
+
+numba.config.CACHE_DIR = str(cache_folder())
+_njit = partial(numba.njit, cache=True, nogil=True, error_model="numpy")
+
+
+def jit(function: F) -> F:
+    """Compile."""
+    return cast("F", _njit(function))
+
+
+def jit_inline(function: F) -> F:
+    """Compile into its callers: for what runs once a trade or once a second (a call copies its arguments)."""
+    return cast("F", _njit(inline="always")(function))
