@@ -216,6 +216,8 @@ class PartitionState:
         f = self._feed(clock.feed)
         feed = self.feeds[f]
         watched = clock.watched_from_ns
+        if watched is None and feed["watched_ns"] == NONE:
+            watched = clock.watermark_ns
         if watched is not None and watched > feed["watched_ns"]:
             mine = self.contracts["feed"] == f
             if feed["closed_sec"] == NONE:
@@ -482,3 +484,10 @@ class PartitionState:
 def _candled(instrument: Instrument) -> bool:
     """Futures and single-name instruments; options and spreads have no rolling candles."""
     return instrument.kind in CANDLED and not is_spread(instrument.symbol, instrument.kind)
+
+
+def warm() -> None:
+    """Compile the kernel (or load it from the cache) before the first tick."""
+    state = PartitionState(Config(sessions=lambda venue, root: np.array([[0, NEVER]], np.int64)))  # noqa: ARG005
+    state.step([Frame("trade", 0, 0, 0, "warm", np.zeros(1, TICK).tobytes())])
+    kernel.advance(state._bind(), 0, 0) if len(state.feeds) else None

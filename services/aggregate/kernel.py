@@ -130,18 +130,20 @@ def _first_front(x: Arrays, k: int, sec: int) -> int:
 
 @jit_inline
 def _count_cvd(x: Arrays, k: int, sec: int) -> None:
-    """CVD takes the front contract's trades of second `sec`."""
+    """CVD takes the front contract's trades of second `sec`; a new session starts its own from 0."""
     root = x.roots[k]
-    s = x.ring[root.front, sec & (x.ring.shape[1] - 1)]
-    if s.sec != sec:
+    if sec * NS >= root.counted_close_ns:
+        at = session_at(x.sessions, root.calendar_from, root.calendar_to, sec * NS)
+        if at != NONE:
+            root.counted_open_ns = x.sessions[at, 0]
+            root.counted_close_ns = x.sessions[at, 1]
+            root.session_cvd = 0.0
+    if root.front == NONE:
         return
-    at = session_at(x.sessions, root.calendar_from, root.calendar_to, sec * NS)
-    opened = x.sessions[at, 0] if at != NONE else root.counted_open_ns
-    if opened != root.counted_open_ns:
-        root.counted_open_ns = opened
-        root.session_cvd = 0.0
-    root.cvd += s.delta
-    root.session_cvd += s.delta
+    s = x.ring[root.front, sec & (x.ring.shape[1] - 1)]
+    if s.sec == sec:
+        root.cvd += s.delta
+        root.session_cvd += s.delta
 
 
 @jit_inline
@@ -152,8 +154,7 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
     end = sec + 1
     if root.front == NONE:
         root.front = _first_front(x, k, sec)
-    if root.front != NONE:
-        _count_cvd(x, k, sec)
+    _count_cvd(x, k, sec)
     closed = x.closes[k, end & mask]
     closed.end_sec = end
     closed.cvd = root.cvd

@@ -40,7 +40,7 @@ ROOT = np.dtype(
     [
         ("feed", "<i8"), ("calendar_from", "<i8"), ("calendar_to", "<i8"),  # its rows of `sessions`
         ("open_ns", "<i8"), ("close_ns", "<i8"),  # the session that the tape is in
-        ("counted_open_ns", "<i8"),  # the session that session_cvd belongs to
+        ("counted_open_ns", "<i8"), ("counted_close_ns", "<i8"),  # the session of session_cvd
         ("cvd", "<f8"), ("session_cvd", "<f8"), ("seeded", "<i8"),
         ("front", "<i8"), ("judged", "<i8"), ("big_size", "<f8"),
         ("head", "<i8"),  # its first contract; `next` of each leads to the others

@@ -1,0 +1,99 @@
+"""The aggregate service: ticks in, rolling candles out (the thin shell around `core`)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from services.aggregate.core import Config, Output, PartitionState
+from shared.calendar import calendar_of, sessions
+from shared.errors import ConfigError
+from shared.frames import Frame, Rows
+from shared.messages import encode
+from shared.settings import Settings
+from shared.stores import newest_cvd
+from shared.worker import StepResult, Worker, wait_for_bus
+
+FRAME_ROWS = 2000
+Seed = Callable[[str, int], float | None]
+
+
+class AggregateCore:
+    """One partition: gives the pure core its CVD seeds and packs its rows into frames."""
+
+    def __init__(self, state: PartitionState, seed: Seed) -> None:
+        self._state = state
+        self._seed = seed
+
+    def step(self, frames: list[Frame]) -> StepResult:
+        seeds = {root: self._seed(root, before_ns) or 0.0 for root, before_ns in self._state.unseeded(frames)}
+        output = self._state.step(frames, seeds)
+        return StepResult(pack(output, time.time_ns()), self._state.changes())
+
+
+class AggregateStage:
+    """Rolling candles of every partition."""
+
+    name = "aggregate"
+    topic = "ticks"
+    outputs = ("candles", "late")
+
+    def __init__(self, settings: Settings, seed: Seed | None = None) -> None:
+        a = settings.aggregate
+        self._config = Config(
+            sessions=lambda venue, root: sessions(calendar_of(venue, root, a.calendars)),
+            max_lateness_sec=a.max_lateness_seconds,
+            quiet_sec=a.quiet_reset_seconds,
+            emit_1s=a.candles_1s,
+            big_trade=a.big_trade,
+            big_trade_default=a.big_trade_default,
+        )
+        self._seed: Seed = seed or (lambda root, before_ns: newest_cvd(settings.tapeline.store, root, before_ns))
+
+    def open(self, partition: int, fields: dict[str, bytes]) -> AggregateCore:
+        """Raises ConfigError when the committed state was made with other settings."""
+        try:
+            return AggregateCore(PartitionState.restore(self._config, fields), self._seed)
+        except ValueError as error:
+            raise ConfigError(f"partition {partition}: {error}; put the setting back or use another namespace") from None
+
+
+def pack(output: Output, now_ns: int) -> dict[str, list[Frame]]:
+    """Frames of a step's rows: `timestamp_out` is now, names are those that the frame's rows use."""
+    candles: list[Frame] = []
+    for kind, chunks in (("candle_1m", output.candles_1m), ("candle_1s", output.candles_1s)):
+        if not chunks:
+            continue
+        rows = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        rows["timestamp_out_ns"] = now_ns
+        for at in range(0, len(rows), FRAME_ROWS):
+            candles.append(_frame(kind, rows[at : at + FRAME_ROWS], "time_ns", output.names))
+    if output.gaps:
+        first, last = min(g.start_ns for g in output.gaps), max(g.end_ns for g in output.gaps)
+        candles.append(Frame("gap", len(output.gaps), first, last, "aggregate", encode(output.gaps)))
+    frames = {"candles": candles}
+    if output.late:
+        rows = np.concatenate(output.late)
+        frame = _frame("late_trade", rows, "watermark_ns", output.names)
+        frames["late"] = [frame]
+    return {topic: some for topic, some in frames.items() if some}
+
+
+def _frame(kind: str, rows: Rows, time: str, names: list[tuple[str, str]]) -> Frame:
+    used, index = np.unique(rows["name"], return_inverse=True)
+    rows["name"] = index
+    times = rows[time]
+    return Frame(
+        kind, len(rows), int(times.min()), int(times.max()), "aggregate", rows.tobytes(),
+        names=[names[int(i)] for i in used],
+    )  # fmt: skip
+
+
+def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:  # noqa: ARG001
+    """Service entry: aggregate this worker's share of the partitions until stopped."""
+    bus = wait_for_bus(settings, stop)
+    if bus is not None:
+        Worker(bus, AggregateStage(settings), settings, stop).run()
