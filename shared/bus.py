@@ -138,6 +138,12 @@ class Bus:
                 f"{partitions}: set TAPELINE_PARTITIONS={held}, or use another namespace"
             )
 
+    def identity(self) -> str:
+        """Random id of this deployment's bus, made once; cursors in a store belong to one such bus."""
+        with self._errors():
+            self.client.hsetnx(self.keys.deployment, "id", uuid.uuid4().hex[:16])
+            return str(self.client.hget(self.keys.deployment, "id").decode())
+
     # -- producing ---------------------------------------------------------------------------
 
     def attach(self, partition: int, producer: str, owner: str) -> tuple[int, bytes]:

@@ -25,7 +25,10 @@ class Keys:
         return self._p(partition, topic)
 
     def info(self, partition: int, topic: str) -> str:
-        """Hash: `bytes` held, `records` and `frames` ever added, `last_ns` newest event time."""
+        """Hash: `bytes` held, `records` and `frames` ever added, `last_ns` newest event time.
+
+        `kind:<kind>`: records of that kind ever added.
+        """
         return self._p(partition, topic, "info")
 
     def consumers(self, partition: int, topic: str) -> str:
@@ -70,3 +73,7 @@ class Keys:
     def feeds(self) -> str:
         """Hash: feed -> JSON of its connection state as ingest last saw it."""
         return f"{self.namespace}:feeds"
+
+    def ingest_counters(self, feed: str) -> str:
+        """Hash: reason -> records that ingest of this feed did not publish, and `usage_bytes`."""
+        return f"{self.namespace}:ingest:{feed}:counters"

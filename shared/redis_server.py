@@ -156,6 +156,9 @@ class EmbeddedRedis:
     @property
     def alive(self) -> bool:
         """Whether the child process runs."""
+        return self._running()
+
+    def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def start(self, timeout: float = 20.0) -> None:
@@ -163,7 +166,7 @@ class EmbeddedRedis:
 
         Raises ConfigError for a taken port, BusUnavailable when the server does not come up.
         """
-        if self.alive:
+        if self._running():
             return
         config = self.write()
         with self.log.open("ab") as log:
@@ -173,7 +176,7 @@ class EmbeddedRedis:
         atexit.register(self.stop)
         deadline = time.monotonic() + timeout
         while not answers(self.socket):
-            if not self.alive or time.monotonic() > deadline:
+            if not self._running() or time.monotonic() > deadline:
                 self.stop()
                 last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 raise BusUnavailable(f"the embedded Redis did not start: {last[0]} (log: {self.log})")
@@ -205,6 +208,17 @@ def remove_socket(path: Path, folder: Path) -> None:
     path.unlink(missing_ok=True)
     if path.parent != folder.absolute() and path.parent.is_dir() and not any(path.parent.iterdir()):
         path.parent.rmdir()
+
+
+def listens(path: Path) -> bool:
+    """Whether any process accepts connections on this unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+        return True
 
 
 def answers(path: Path, timeout: float = 1.0) -> bool:

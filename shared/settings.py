@@ -120,7 +120,7 @@ ALIASES = {
 }
 SECRETS = frozenset({"databento.api_key"})
 # Read by other parts of the program, not settings.
-NOT_SETTINGS = frozenset({"TAPELINE_CONFIG"})
+NOT_SETTINGS = frozenset({"TAPELINE_CONFIG", "TAPELINE_SUPERVISOR_PID"})
 
 
 def env_name(setting: str) -> str:

@@ -26,6 +26,7 @@ for i = 1, topics do
   for _ = 1, frames do
     local m = tonumber(ARGV[at])
     redis.call('XADD', KEYS[3 + 2 * i], '*', unpack(ARGV, at + 1, at + m))
+    redis.call('HINCRBY', KEYS[4 + 2 * i], 'kind:' .. ARGV[at + 2], ARGV[at + 4])
     at = at + m + 1
   end
   if frames > 0 then

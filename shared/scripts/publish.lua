@@ -4,7 +4,9 @@
 -- Returns {status, last seq, id}: OK, DUPLICATE, BEHIND (the bus knows less than the caller), FULL, FENCED.
 local pid, owner, first, frames = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local last = tonumber(redis.call('HGET', KEYS[2], pid .. ':seq') or '0')
-if redis.call('HGET', KEYS[2], pid .. ':owner') ~= owner then return {'FENCED', last, ''} end
+local held_by = redis.call('HGET', KEYS[2], pid .. ':owner')
+if not held_by then return {'BEHIND', last, ''} end -- an emptied Redis: nobody else took over, all of it was forgotten
+if held_by ~= owner then return {'FENCED', last, ''} end
 if first + frames - 1 <= last then return {'DUPLICATE', last, ''} end
 if first ~= last + 1 then return {'BEHIND', last, ''} end
 local held = tonumber(redis.call('HGET', KEYS[3], 'bytes') or '0')
@@ -13,6 +15,7 @@ local at, id = 10, ''
 for _ = 1, frames do
   local n = tonumber(ARGV[at])
   id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, at + n))
+  redis.call('HINCRBY', KEYS[3], 'kind:' .. ARGV[at + 2], ARGV[at + 4])
   at = at + n + 1
 end
 redis.call('HSET', KEYS[2], pid .. ':seq', first + frames - 1, pid .. ':cursor', ARGV[9])

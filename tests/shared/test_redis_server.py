@@ -116,22 +116,19 @@ def test_a_short_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path)
     (tmp_path / "appendonly.aof").mkdir()
-    with pytest.raises(BusUnavailable, match="did not start: .*log: "):
+    with pytest.raises(BusUnavailable, match=r"did not start: .*log: "):
         server.start(timeout=5)
 
 
 def test_exec_redis_is_the_process_itself_and_dies_with_its_parent(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path)
     config = server.write()
-    # A parent that dies of SIGKILL, its child becoming Redis.
+    child = f"from pathlib import Path; from shared.redis_server import exec_redis; exec_redis(Path({str(config)!r}))"
     code = (
         "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-c', "
-        f"'from pathlib import Path; from shared.redis_server import exec_redis; exec_redis(Path({str(config)!r}))'])\n"
-        "print(p.pid, flush=True)\n"
+        f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    code = code.replace("Path('", 'Path("').replace("'))'])", "\"))'])")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())

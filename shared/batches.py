@@ -1,0 +1,272 @@
+"""What a sink writes at once: frames of the bus decoded into the rows of the tables.
+
+Nothing vanishes here: a frame or a row that cannot be understood becomes a dead letter.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.frames import CANDLE, LATE, NS, PACKED, Frame, Rows
+from shared.messages import Gap, decode
+
+# Columns of candles_1m and candles_1s, in the order of every store.
+CANDLE_COLUMNS = (
+    "time", "ticker", "symbol",
+    *(name for name in CANDLE.names or () if name not in ("time_ns", "name", "timestamp_out_ns")),
+    "timestamp_out", "latency_ms",
+)  # fmt: skip
+DEAD_BYTES = 48 << 10
+_NEVER, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A candle table: its name, its key's first column, and the ns from its `time` to the window's end."""
+
+    name: str
+    key: str
+    to_end_ns: int
+
+
+TABLES = {"candle_1m": Table("candles_1m", "ticker", 0), "candle_1s": Table("candles_1s", "symbol", NS)}
+
+
+class Source(NamedTuple):
+    """Where on the bus something came from; `bus` is the bus's identity."""
+
+    bus: str
+    topic: str
+    partition: int
+    seq: int
+    id: str
+
+
+class Cursor(NamedTuple):
+    """How far a store has got in one stream: the stage's output sequence and the entry's id."""
+
+    seq: int
+    stream_id: str
+
+
+CursorKey = tuple[str, str, int]  # bus identity, topic, partition
+
+
+@dataclass(slots=True)
+class Item:
+    """One stream entry on its way into a store.
+
+    `frame` is None for an entry that is no frame (`problem` says why, `raw` is its body). `rewound`:
+    the first entry read again after the bus lost its tail; the store forgets what it has of this
+    stream from this sequence on, for that may be of the lost tail. `epoch` is the reader's.
+    """
+
+    source: Source
+    frame: Frame | None
+    raw: bytes = b""
+    problem: str = ""
+    rewound: bool = False
+    epoch: int = 0
+
+    @property
+    def weight(self) -> int:
+        """About its rows, by its bytes (the count that it claims may be garbage)."""
+        return 1 + len(self.frame.body if self.frame else self.raw) // CANDLE.itemsize
+
+
+@dataclass(slots=True)
+class DeadLetter:
+    """What a store could not take. `row` is its number in the frame, -1 for a whole frame; `body` is JSON."""
+
+    source: Source
+    table: str
+    row: int
+    reason: str
+    body: str
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows of one frame with its names."""
+
+    source: Source
+    rows: Rows
+    names: list[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one transaction writes, in bus order per stream, and the cursors behind it."""
+
+    candles: dict[str, list[Chunk]] = field(default_factory=dict)
+    late: list[Chunk] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    dead: list[DeadLetter] = field(default_factory=list)
+    rewinds: list[Source] = field(default_factory=list)
+    cursors: dict[CursorKey, Cursor] = field(default_factory=dict)
+    rows: int = 0
+    ignored: int = 0
+
+
+def batch_of(items: Sequence[Item]) -> Batch:
+    """Decode items into a batch."""
+    batch = Batch()
+    for item in items:
+        source = item.source
+        if item.rewound:
+            batch.rewinds.append(source)
+        if item.frame is None:
+            batch.dead.append(_dead_frame(item, item.problem))
+        else:
+            problem = _decode(item.frame, source, batch)
+            if problem:
+                batch.dead.append(_dead_frame(item, problem))
+        batch.cursors[source.bus, source.topic, source.partition] = Cursor(source.seq, source.id)
+    return batch
+
+
+def _decode(frame: Frame, source: Source, batch: Batch) -> str:
+    """Add the frame to the batch, or say what is wrong with it."""
+    if frame.kind not in PACKED:
+        try:
+            messages = decode(frame.body)
+        except msgspec.DecodeError as error:
+            return f"a frame of kind '{frame.kind}' that is not JSON of messages ({error})"
+        gaps = [m for m in messages if isinstance(m, Gap)]
+        if not all(_NEVER < g.start_ns <= g.end_ns <= _LATEST for g in gaps):
+            return "a gap whose times cannot be"
+        batch.gaps += gaps
+        batch.rows += len(gaps)
+        batch.ignored += len(messages) - len(gaps)
+        return ""
+    dtype = PACKED[frame.kind]
+    if len(frame.body) != frame.count * dtype.itemsize:
+        return f"{len(frame.body)} bytes are not {frame.count} rows of kind '{frame.kind}'"
+    if frame.kind in TABLES:
+        chunks = batch.candles.setdefault(frame.kind, [])
+    elif frame.kind == "late_trade":
+        chunks = batch.late
+    else:
+        return f"no table takes rows of kind '{frame.kind}'"
+    if frame.count:
+        chunks.append(Chunk(source, frame.rows(), frame.names))
+        batch.rows += frame.count
+    return ""
+
+
+def _dead_frame(item: Item, reason: str) -> DeadLetter:
+    raw = item.frame.body if item.frame else item.raw
+    body = {
+        "kind": item.frame.kind if item.frame else None,
+        "bytes": len(raw),
+        "body_base64": base64.b64encode(raw[:DEAD_BYTES]).decode(),
+    }
+    return DeadLetter(item.source, item.source.topic, -1, reason, json.dumps(body))
+
+
+def dead_row(source: Source, table: str, row: int, reason: str, named: Iterable[tuple[str, Any]]) -> DeadLetter:
+    """A row that a store refused, with its values by column (NaN as null)."""
+    return DeadLetter(source, table, row, reason, json.dumps({name: _plain(value) for name, value in named}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, str, type(None))) else repr(value)
+
+
+@dataclass(slots=True)
+class Joined:
+    """Chunks as one array, in arrival order.
+
+    `name` indexes `names` (the rows' own numbers are their frame's). Row i is row `row[i]` of chunk
+    `chunk[i]`.
+    """
+
+    rows: Rows
+    name: NDArray[np.int64]
+    names: list[tuple[str, str]]
+    chunk: NDArray[np.int64]
+    row: NDArray[np.int64]
+    dead: list[DeadLetter]
+
+
+def join(chunks: Sequence[Chunk], table: str) -> Joined:
+    """One array with one list of names; rows with an impossible name, time or side become dead letters."""
+    known: dict[tuple[str, str], int] = {}
+    dead: list[DeadLetter] = []
+    named: list[NDArray[np.int64]] = []
+    for chunk in chunks:
+        numbers = np.asarray([known.setdefault(name, len(known)) for name in chunk.names] or [-1], np.int64)
+        own = chunk.rows["name"]
+        inside = (own >= 0) & (own < len(chunk.names))
+        named.append(np.where(inside, numbers[np.where(inside, own, 0)], -1))
+    lengths = [len(chunk.rows) for chunk in chunks]
+    joined = Joined(
+        rows=np.concatenate([chunk.rows for chunk in chunks]),
+        name=np.concatenate(named),
+        names=list(known),
+        chunk=np.repeat(np.arange(len(chunks)), lengths),
+        row=np.concatenate([np.arange(length) for length in lengths]),
+        dead=dead,
+    )
+    fine = (joined.name >= 0) & _possible(joined.rows)
+    if not fine.all():
+        for i in np.flatnonzero(~fine).tolist():
+            values = zip(joined.rows.dtype.names or (), joined.rows[i].tolist(), strict=True)
+            source = chunks[int(joined.chunk[i])].source
+            dead.append(dead_row(source, table, int(joined.row[i]), "a name, time or side that cannot be", values))
+        for part in ("rows", "name", "chunk", "row"):
+            setattr(joined, part, getattr(joined, part)[fine])
+    return joined
+
+
+def _possible(rows: Rows) -> NDArray[np.bool_]:
+    fine: NDArray[np.bool_]
+    if rows.dtype == LATE:
+        tick = rows["tick"]
+        fine = (tick["ts_event_ns"] != _NEVER) & (np.abs(tick["side"].astype(np.int64)) <= 1)
+    else:
+        fine = (rows["time_ns"] != _NEVER) & (rows["timestamp_out_ns"] != _NEVER)
+    return fine
+
+
+def newest(joined: Joined, table: Table) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """(order, last, group): rows sorted by key, then revision, then arrival.
+
+    `last` marks, in that order, the row of each key that wins: the highest revision, of these the
+    last that came. `group` numbers the keys in that order.
+    """
+    which = 0 if table.key == "ticker" else 1
+    ids: dict[str, int] = {}
+    numbers = [ids.setdefault(name[which], len(ids)) for name in joined.names] or [0]
+    key = np.asarray(numbers, np.int64)[joined.name]
+    time = joined.rows["time_ns"]
+    order = np.lexsort((joined.rows["revision"], time, key))
+    key, time = key[order], time[order]
+    differs = (key[1:] != key[:-1]) | (time[1:] != time[:-1])
+    last = np.append(differs, True) if len(order) else np.zeros(0, np.bool_)
+    group = np.concatenate((np.zeros(min(1, len(order)), np.int64), np.cumsum(differs)))
+    return order, last, group
+
+
+def iso_texts(times_ns: NDArray[np.int64], unit: str) -> list[str]:
+    """ISO texts of fixed width: unit `s` 2023-12-25T23:01:00Z, `us` six decimals, `ns` nine.
+
+    Each different time is written once: a batch has few.
+    """
+    different, index = np.unique(times_ns, return_inverse=True)
+    texts = np.datetime_as_string(different.astype("M8[ns]").astype(f"M8[{unit}]"), timezone="UTC").astype(object)
+    out: list[str] = texts[index].tolist()
+    return out

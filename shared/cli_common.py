@@ -1,0 +1,44 @@
+"""What several commands share: opening the bus to look at it, printing JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from shared.bus import Bus
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+@contextmanager
+def looking(settings: Settings) -> Iterator[tuple[Bus, int]]:
+    """(bus, its number of partitions) of the given Redis or of the `up` in the state directory; registers nothing.
+
+    Raises ConfigError, BusUnavailable.
+    """
+    from shared.bus import Bus, Limits
+    from shared.supervise import find_bus
+
+    settings = find_bus(settings)
+    r = settings.redis
+    limits = Limits(r.stream_max_bytes, r.window_seconds * 1000)
+    bus = Bus(r.url, settings.tapeline.namespace, cluster=r.cluster, limits=limits)
+    try:
+        bus.ping()
+        held = bus.call("hget", bus.keys.deployment, "partitions")
+        yield bus, int(held) if held else settings.tapeline.partitions
+    finally:
+        bus.close()
+
+
+def echo_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

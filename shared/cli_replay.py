@@ -1,0 +1,143 @@
+"""The command `replay`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from shared.cli_common import echo_json, json_option
+from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from shared.cli import App
+    from shared.replay import Progress, Summary
+
+TELL_SECONDS = 2.0
+
+
+class _Speed(click.ParamType[str]):
+    name = "speed"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "max":
+            return value
+        try:
+            if 0 < float(value) < float("inf"):
+                return value
+        except ValueError:
+            pass
+        return self.fail(f"'{value}' is neither a positive number nor max", param, ctx)
+
+
+@click.command()
+@click.argument(
+    "sources", nargs=-1, required=True, metavar="SOURCE...",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, readable=True),
+)  # fmt: skip
+@click.option("--store", metavar="URL", help="Where the rows go (default: TAPELINE_STORE).")
+@click.option(
+    "--speed", type=_Speed(), default="max", show_default=True, metavar="N|max", help="Multiple of market time."
+)
+@click.option("--aggregators", type=click.IntRange(1, 64), default=1, show_default=True, help="Aggregate workers.")
+@click.option(
+    "--frame-records", type=click.IntRange(1, 100_000), metavar="N", help="Ticks a frame (default: the setting)."
+)
+@click.option(
+    "--redis", "redis_url", metavar="URL", help="Use this Redis (in a namespace of its own) instead of a throwaway one."
+)
+@json_option
+@click.pass_obj
+def replay(
+    app: App, *, sources: tuple[Path, ...], store: str | None, speed: str, aggregators: int, frame_records: int | None,
+    redis_url: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Run DBN files through the whole pipeline into the store: the rows that live would have made.
+
+    Repeating it is harmless. It ends when the last row is stored; Ctrl-C leaves nothing behind but
+    the rows stored so far.
+    """
+    import msgspec
+
+    from shared import replay as engine
+    from shared.stores_check import check_store
+
+    settings = app.settings
+    if store is not None:
+        origin = {**settings.origin, "tapeline.store": "--store"}
+        settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
+    check_store(settings.tapeline.store)
+    signal.signal(signal.SIGTERM, _terminated)
+    plan = engine.Plan(
+        sources=sources,
+        state=Path(tempfile.mkdtemp(prefix="tapeline-replay-")),
+        speed=speed,
+        aggregators=aggregators,
+        frame_records=frame_records,
+        redis=redis_url or "",
+        namespace=f"replay-{uuid.uuid4().hex[:8]}" if redis_url else settings.tapeline.namespace,
+    )
+    with _progress(as_json) as tell:
+        summary = engine.run(plan, settings, app.config, tell)
+    if as_json:
+        echo_json(summary)
+    else:
+        _print_summary(summary, settings)
+
+
+def _terminated(signum: int, _: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A moving line on a terminal, a plain one now and then off it; all on stderr."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("starting")
+            yield lambda p: bar.update(task, description=_line(p))
+    else:
+        next_at = time.monotonic() + TELL_SECONDS
+
+        def tell(p: Progress) -> None:
+            nonlocal next_at
+            if time.monotonic() >= next_at:
+                next_at = time.monotonic() + TELL_SECONDS
+                click.echo(_line(p), err=True)
+
+        yield tell
+
+
+def _line(p: Progress) -> str:
+    return f"published {p.published:,}, aggregated {p.aggregated:,}, rows stored {p.stored:,} of {p.made:,}"
+
+
+def _print_summary(s: Summary, settings: Settings) -> None:
+    from shared.log import Masker
+
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(s.skipped.items()) if n) or "none"
+    click.echo(f"{s.trades:,} trades in {s.seconds:.1f} s ({s.trades_per_second:,.0f} trades/s); skipped: {skipped}")
+    click.echo(
+        f"{s.candles_1m:,} candles_1m and {s.candles_1s:,} candles_1s rows, {s.late:,} late trades, "
+        f"{s.gaps:,} gaps, {s.dead_letters:,} dead letters"
+    )
+    click.echo(f"stored in {Masker(settings)(settings.tapeline.store)}")
+
+
+COMMANDS = [replay]

@@ -1,0 +1,121 @@
+"""Logging: JSON lines off a terminal, readable lines on one; no secret gets through.
+
+Fields: `time` (UTC), `level`, `service`, `worker`, `partition` (null when the line is about none),
+`message`, and `trace` when there is one. What is passed as `extra={"partition": 3}` counts; threads
+named `<service>-<partition>` say theirs by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from shared.settings import SECRETS, Settings
+
+MASK = "***"
+# The user:password part of any URL, whoever wrote it into a message.
+_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^\s/@'\"]*:[^\s@'\"]+@")
+_PASSWORD_ITEM = re.compile(r"(?i)([?&]password=)[^&\s'\"]+")
+_QUIET = ("databento", "numba", "asyncio", "urllib3")
+
+
+class Masker:
+    """Replaces every secret of the settings, and credentials in any URL, by `***`."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        values: set[str] = set()
+        if settings is not None:
+            for secret in SECRETS:
+                section, name = secret.split(".")
+                values.add(str(getattr(getattr(settings, section), name)))
+            for url in (settings.redis.url, settings.tapeline.store):
+                password = _password(url)
+                values |= {password, unquote(password)}
+        # The longest first, so that no secret survives as the rest of a longer one.
+        self._values = sorted((v for v in values if len(v) >= 4), key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        for value in self._values:
+            text = text.replace(value, MASK)
+        text = _CREDENTIALS.sub(rf"\g<scheme>{MASK}@", text)
+        return _PASSWORD_ITEM.sub(rf"\1{MASK}", text)
+
+
+def _password(url: str) -> str:
+    try:
+        return urlsplit(url).password or ""
+    except ValueError:
+        return ""
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, service: str, worker: str, mask: Masker) -> None:
+        super().__init__()
+        self.service, self.worker, self.mask = service, worker, mask
+        self._thread = re.compile(rf"^{re.escape(service)}-(\d+)$")
+
+    def partition(self, record: logging.LogRecord) -> int | None:
+        given = getattr(record, "partition", None)
+        if isinstance(given, int):
+            return given
+        found = self._thread.match(record.threadName or "")
+        return int(found[1]) if found else None
+
+    def trace(self, record: logging.LogRecord) -> str:
+        return self.formatException(record.exc_info) if record.exc_info else ""
+
+
+class JsonFormatter(_Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z"),
+            "level": record.levelname,
+            "service": self.service,
+            "worker": self.worker,
+            "partition": self.partition(record),
+            "message": self.mask(record.getMessage()),
+        }
+        trace = self.trace(record)
+        if trace:
+            line["trace"] = self.mask(trace)
+        return msgspec.json.encode(line).decode()
+
+
+class PlainFormatter(_Formatter):
+    """For people: `14:03:22.512 WARNING aggregate-1 p3: message`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
+        partition = self.partition(record)
+        where = self.worker + (f" p{partition}" if partition is not None else "")
+        trace = self.trace(record)
+        return self.mask(f"{at} {record.levelname} {where}: {record.getMessage()}" + (f"\n{trace}" if trace else ""))
+
+
+def setup(settings: Settings, service: str, worker: str = "", stream: TextIO | None = None) -> None:
+    """Send this process's log to stderr (or `stream`) as the settings say."""
+    out = stream or sys.stderr
+    style = settings.tapeline.log_format
+    plain = style == "plain" or (style == "auto" and out.isatty())
+    kind = PlainFormatter if plain else JsonFormatter
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(kind(service, worker or f"{service}:{os.getpid()}", Masker(settings)))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(settings.tapeline.log_level)
+    logging.captureWarnings(True)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)

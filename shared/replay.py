@@ -1,0 +1,190 @@
+"""Replay of tapes: the very pipeline that runs live, over a throwaway Redis, until all of it is stored.
+
+Exactly once holds as it does live: every worker, and the Redis, may be killed while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shared.bus import Bus
+from shared.errors import Unavailable
+from shared.keys import TOPICS
+from shared.settings import Settings
+from shared.status import Reader
+from shared.stores import read_rows
+from shared.supervise import Program, redis_program
+from shared.supervision import Supervision
+
+POLL_SECONDS = 0.1
+# Any error that a worker reports ends a replay; only what was killed, or found no server (75), is started again.
+FINAL = (0, 1, 2, 78)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to replay. `speed`: multiple of market time, `max` for none; `redis`: URL of another server than our own."""
+
+    sources: tuple[Path, ...]
+    state: Path
+    speed: str = "max"
+    aggregators: int = 1
+    frame_records: int | None = None
+    redis: str = ""
+    namespace: str = "md"
+
+
+class Progress(msgspec.Struct):
+    """Records so far: on the bus, through aggregation, candle rows and late trades made and stored."""
+
+    published: int = 0
+    aggregated: int = 0
+    made: int = 0
+    stored: int = 0
+    drained: bool = False
+
+
+class Summary(msgspec.Struct):
+    """What a replay did. `skipped`: reason -> records that were not published. All counts are of records."""
+
+    trades: int = 0
+    skipped: dict[str, int] = {}
+    candles_1m: int = 0
+    candles_1s: int = 0
+    late: int = 0
+    gaps: int = 0
+    dead_letters: int = 0
+    seconds: float = 0.0
+    trades_per_second: float = 0.0
+
+
+def settings_of(plan: Plan, settings: Settings) -> Settings:
+    """The settings of the replay's own processes."""
+    tapeline = msgspec.structs.replace(settings.tapeline, state_dir=str(plan.state), namespace=plan.namespace)
+    # Nobody looks back into a throwaway bus: what is consumed may go.
+    redis = msgspec.structs.replace(settings.redis, url=plan.redis, port=0, window_seconds=0)
+    ingest = settings.ingest
+    if plan.frame_records is not None:
+        ingest = msgspec.structs.replace(ingest, frame_records=plan.frame_records)
+    aggregate = msgspec.structs.replace(settings.aggregate, workers=plan.aggregators)
+    return replace(settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate)
+
+
+def programs_of(plan: Plan) -> list[Program]:
+    """Redis (unless another is used), the reader of the files, the aggregators, the sink."""
+    sources = tuple(str(path.absolute()) for path in plan.sources)
+    return [
+        *([] if plan.redis else [redis_program()]),
+        Program("ingest-files", ("ingest-files", "--speed", plan.speed, *sources), final=FINAL),
+        Program("aggregate", ("aggregate",), plan.aggregators, final=FINAL),
+        Program("sink-sqlite", ("sink-sqlite",), final=FINAL),
+    ]
+
+
+def run(plan: Plan, settings: Settings, config: str | None, tell: Callable[[Progress], None]) -> Summary:
+    """Replay everything into the settings' store; returns when the last row is stored.
+
+    Raises WorkerError with a worker's own error, and leaves nothing behind.
+    """
+    began = time.monotonic()
+    own = settings_of(plan, settings)
+    summary = Summary()
+    with Supervision(own, programs_of(plan), config, remove=True) as supervision:
+        bus = _wait_for_redis(supervision)
+        try:
+            watch = Watch(bus, supervision, own)
+            while not watch.look().drained:
+                tell(watch.progress)
+                time.sleep(POLL_SECONDS)
+            tell(watch.progress)
+            summary.seconds = round(time.monotonic() - began, 3)
+            count(bus, own, summary)
+        finally:
+            if plan.redis:
+                _forget(bus)
+            bus.close()
+    return summary
+
+
+def _wait_for_redis(supervision: Supervision) -> Bus:
+    s = supervision.settings
+    bus = Bus(s.redis.url, s.tapeline.namespace, cluster=s.redis.cluster)
+    while True:
+        supervision.check()
+        try:
+            bus.ping()
+        except Unavailable:
+            time.sleep(0.05)
+        else:
+            return bus
+
+
+class Watch:
+    """Follows a running replay."""
+
+    def __init__(self, bus: Bus, supervision: Supervision, settings: Settings) -> None:
+        self._bus, self._supervision = bus, supervision
+        self._reader = Reader(bus, settings.tapeline.partitions, settings.redis.lease_seconds, count_entries=200)
+        self.progress = Progress()
+
+    def look(self) -> Progress:
+        """One look; raises WorkerError. A Redis that is just starting again is waited for."""
+        processes = self._supervision.check()
+        try:
+            self.progress = self._look(any(p.name == "ingest-files" and p.state == "EXITED" for p in processes))
+        except Unavailable:
+            self.progress.drained = False
+        return self.progress
+
+    def _look(self, ingest_left: bool) -> Progress:
+        ended = ingest_left or self._feeds_ended()
+        status = self._reader.read()
+        p = Progress(drained=ended)
+        for stream in status.streams:
+            behind = max((c.behind_records for c in stream.consumers), default=stream.records)
+            if stream.topic == "ticks":
+                p.published += stream.records
+                p.aggregated += stream.records - min(behind, stream.records)
+            else:
+                p.made += stream.records
+                p.stored += stream.records - min(behind, stream.records)
+            if not stream.consumers or any(c.position != stream.newest for c in stream.consumers):
+                p.drained = False
+        return p
+
+    def _feeds_ended(self) -> bool:
+        states = [feed.get("state") for feed in self._reader.feeds().values() if isinstance(feed, dict)]
+        return bool(states) and all(state == "ended" for state in states)
+
+
+def count(bus: Bus, settings: Settings, summary: Summary) -> None:
+    """Fill the summary's counts from the bus: each record once, whatever was killed on the way."""
+    kinds: dict[str, int] = {}
+    for partition in range(settings.tapeline.partitions):
+        for topic in TOPICS:
+            for name, value in bus.call("hgetall", bus.keys.info(partition, topic)).items():
+                key = f"{topic}:{name.decode().removeprefix('kind:')}"
+                kinds[key] = kinds.get(key, 0) + int(value)
+    summary.dead_letters = len(read_rows(settings.tapeline.store, "dead_letters", {"bus": bus.identity()}))
+    summary.trades = kinds.get("ticks:trade", 0)
+    summary.candles_1m, summary.candles_1s = kinds.get("candles:candle_1m", 0), kinds.get("candles:candle_1s", 0)
+    summary.late, summary.gaps = kinds.get("late:late_trade", 0), kinds.get("candles:gap", 0)
+    for feed in bus.call("hkeys", bus.keys.feeds):
+        for name, value in bus.call("hgetall", bus.keys.ingest_counters(feed.decode())).items():
+            reason = name.decode()
+            if reason != "usage_bytes":
+                summary.skipped[reason] = summary.skipped.get(reason, 0) + int(value)
+    summary.trades_per_second = round(summary.trades / summary.seconds, 1) if summary.seconds else 0.0
+
+
+def _forget(bus: Bus) -> None:
+    """Remove the replay's namespace from a server that is not its own."""
+    client: Any = bus.client
+    for key in list(client.scan_iter(match=f"{bus.keys.namespace}:*", count=1000)):
+        bus.call("delete", key)

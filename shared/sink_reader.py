@@ -1,0 +1,319 @@
+"""The reading half of a sink: one thread per partition, from the store's cursor into the inbox.
+
+The store, not Redis, knows what is stored. When Redis has lost its tail (a power cut) or is another
+one (a wiped server, another replay), the reader sees it by the sequences and the bus's identity,
+reads the stream again from its start, and the store upserts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from shared.batches import Cursor, CursorKey, Item, Source
+from shared.bus import Bus
+from shared.errors import BusUnavailable, TapelineError
+from shared.frames import parse
+
+log = logging.getLogger(__name__)
+
+# Topics that a store takes, and the stage whose output sequence their frames carry.
+TOPICS = {"candles": "aggregate", "late": "aggregate"}
+READ_ENTRIES = 16
+TRIM_SECONDS = 1.0
+START = "0-0"
+MAX_SEQ = (1 << 63) - 1
+
+
+class Inbox:
+    """Items between the readers and the writer, bounded by rows; a full inbox stops the readers."""
+
+    def __init__(self, max_rows: int) -> None:
+        self._max = max_rows
+        self._items: deque[tuple[float, Item]] = deque()
+        self._rows = 0
+        self._changed = threading.Condition()
+
+    def put(self, item: Item, timeout: float) -> bool:
+        """False when it stayed full for `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._rows < self._max, timeout):
+                return False
+            self._items.append((time.monotonic(), item))
+            self._rows += item.weight
+            self._changed.notify_all()
+            return True
+
+    def take(self, rows: int, seconds: float, patience: float) -> list[Item]:
+        """A batch: closed by `rows` or once its first item is `seconds` old; [] after `patience` without one.
+
+        A rewound item only ever comes first, so that what the store forgets is not in the same batch.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._items, patience):
+                return []
+            close_at = self._items[0][0] + seconds
+            while self._rows < rows and (left := close_at - time.monotonic()) > 0:
+                self._changed.wait(left)
+            taken: list[Item] = []
+            weight = 0
+            while self._items and weight < rows and not (taken and self._items[0][1].rewound):
+                item = self._items.popleft()[1]
+                weight += item.weight
+                taken.append(item)
+            self._rows -= weight
+            self._changed.notify_all()
+            return taken
+
+
+class Hub(Protocol):
+    """What the readers of a sink share."""
+
+    bus: Bus
+    consumer: str
+    inbox: Inbox
+    stop: threading.Event
+    cursors: dict[CursorKey, Cursor]
+
+    def count(self, what: str) -> None: ...
+
+    def failed(self, error: TapelineError) -> None: ...
+
+
+@dataclass(slots=True)
+class Place:
+    """Where the reader stands in one stream. `acked` is what Redis has been told, `stored` what the writer says."""
+
+    seq: int = 0
+    id: str = START
+    acked: str = START
+    stored: tuple[int, str] = (0, START)
+    epoch: int = 0
+    rewound: bool = False
+    trimmed: float = 0.0
+
+
+def lost_tail(
+    seq: int, at: str, before: tuple[str, int | None] | None, first: tuple[str, int | None] | None, out_seq: int | None
+) -> str | None:
+    """Why the bus must have lost what a reader at sequence `seq`, entry `at` has read; None if it has not.
+
+    `before` is the stream's newest entry not after `at`, `first` its first one, each (id, sequence);
+    `out_seq` is the stage's newest output sequence. Trimming explains entries that are missing at the
+    start of a stream, never one that is missing behind an older one. An entry that is still there
+    settles it, whatever the sequences say: reading again would only come back to here.
+    """
+    if at == START:
+        return None
+    if before is not None:
+        same = before[0] == at and before[1] in (seq, None)
+        return None if same else f"entry {at} (sequence {seq}) is gone from the stream"
+    if first is None:
+        return f"the stream is empty, behind sequence {seq}"
+    if first[1] is not None and first[1] <= seq:
+        return f"the stream begins again at sequence {first[1]}, behind {seq}"
+    if out_seq is not None and out_seq < seq:
+        return f"its newest sequence is {out_seq}, behind {seq}"
+    return None
+
+
+class Reader:
+    """Reads one partition's topics until `stop`; also tells Redis what is stored, and trims.
+
+    `healthy`: Redis answered when last asked.
+    """
+
+    def __init__(self, hub: Hub, partition: int) -> None:
+        self.hub, self.partition = hub, partition
+        self.places = {topic: Place() for topic in TOPICS}
+        self._bus: Bus | None = None
+        self._identity = ""
+        self.healthy = False
+        self.thread = threading.Thread(target=self._run, name=f"sink-{partition}", daemon=True)
+
+    def stored(self, item: Item) -> None:
+        """The writer has this item in the store (called from its thread)."""
+        self.places[item.source.topic].stored = (item.epoch, item.source.id)
+
+    def close(self) -> None:
+        """After the thread has ended: tell Redis the last of what is stored, if it answers."""
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            try:
+                if self.healthy:
+                    self._acknowledge(bus)
+            except TapelineError as error:
+                # The next start finds the cursor in the store; until then the streams just hold more.
+                log.info("partition %d: Redis was not told the last position: %s", self.partition, error)
+            finally:
+                bus.close()
+
+    def _run(self) -> None:
+        wait, told = 0.05, False
+        while not self.hub.stop.is_set():
+            try:
+                self._bus = self._bus or self.hub.bus.clone()
+                self._attach(self._bus)
+                self.healthy = True
+                if told:
+                    log.info("partition %d: Redis answers again", self.partition)
+                wait, told = 0.05, False
+                while not self.hub.stop.is_set():
+                    self._turn(self._bus)
+            except BusUnavailable as error:
+                self.healthy = False
+                if not told:
+                    log.warning("partition %d: %s; trying again", self.partition, error)
+                    told = True
+                self.hub.stop.wait(wait)
+                wait = min(2.0, 2 * wait)
+            except TapelineError as error:
+                self.hub.failed(error)
+            except Exception as error:
+                # A fault of the program: the sink ends with it in the open. Nothing is lost, the store has the cursor.
+                log.exception("reading partition %d failed", self.partition)
+                self.hub.failed(TapelineError(f"the sink failed on partition {self.partition}: {error!r}; see the log"))
+
+    # -- where to read from ------------------------------------------------------------------
+
+    def _attach(self, bus: Bus) -> None:
+        """Find the place in each stream, after a start, a reconnect or a sequence that went backwards."""
+        identity = bus.identity()
+        if identity != self._identity:
+            if self._identity:
+                log.warning("partition %d: this is another bus now; reading it from its start", self.partition)
+                self.hub.count("rewinds")
+            for topic, place in self.places.items():
+                cursor = self.hub.cursors.get((identity, topic, self.partition), Cursor(0, START))
+                place.seq, place.id = cursor
+                place.acked, place.epoch, place.rewound = cursor.stream_id, place.epoch + 1, False
+            self._identity = identity
+        for topic, place in self.places.items():
+            self._check(bus, topic, place)
+
+    def _check(self, bus: Bus, topic: str, place: Place) -> None:
+        stream = bus.keys.stream(self.partition, topic)
+        consumers = bus.keys.consumers(self.partition, topic)
+        told = bus.call("hget", consumers, self.hub.consumer)
+        # First of all hold back trimming where the store needs the stream.
+        bus.done_with(self.partition, topic, self.hub.consumer, place.acked)
+        first = _entry(bus.call("xrange", stream, "-", "+", count=1))
+        before = _entry(bus.call("xrevrange", stream, max=place.id, min="-", count=1))
+        out_seq = bus.call("hget", bus.keys.meta(self.partition, TOPICS[topic]), "out_seq")
+        lost = lost_tail(place.seq, place.id, before, first, int(out_seq) if out_seq else None)
+        if lost:
+            log.warning(
+                "partition %d: Redis has lost the end of '%s': %s; reading it again", self.partition, topic, lost
+            )
+            self.hub.count("rewinds")
+            place.seq, place.id, place.acked = 0, START, START
+            place.epoch, place.rewound = place.epoch + 1, True
+            bus.done_with(self.partition, topic, self.hub.consumer, START)
+        elif first and first[1] != place.seq + 1 and _after(first[0], place.id) and _was_free(told, place.id):
+            frames = int(bus.call("hget", bus.keys.info(self.partition, topic), "frames") or 0)
+            if frames > bus.call("xlen", stream):
+                # Only a store deleted, put back from a copy, or dropped as a consumer gets here.
+                log.error(
+                    "partition %d: '%s' was trimmed beyond this store (which holds up to sequence %d, the stream "
+                    "begins at %s): rows between may be missing; replay the tape to fill them",
+                    self.partition, topic, place.seq, first[1],
+                )  # fmt: skip
+                self.hub.count("missing")
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _turn(self, bus: Bus) -> None:
+        streams = {bus.keys.stream(self.partition, topic): topic for topic in TOPICS}
+        positions = {stream: self.places[topic].id for stream, topic in streams.items()}
+        reply = bus.call("xread", positions, count=READ_ENTRIES, block=bus.limits.block_ms)
+        for stream, entries in _streams(reply):
+            topic = streams[stream.decode()]
+            for entry_id, fields in entries:
+                if not self._take(bus, topic, entry_id, fields):
+                    return
+        self._acknowledge(bus)
+
+    def _take(self, bus: Bus, topic: str, entry_id: bytes, fields: dict[bytes, bytes]) -> bool:
+        """Put one entry into the inbox; False when the reading has to start again elsewhere."""
+        place = self.places[topic]
+        frame, problem = None, ""
+        try:
+            frame = parse(entry_id, fields)
+        except (KeyError, ValueError, msgspec.DecodeError) as error:
+            problem = f"not a frame ({error!r})"
+        if frame is not None and not 0 < frame.seq <= MAX_SEQ:
+            problem = f"a frame with the impossible sequence {frame.seq}"
+            frame = None
+        if frame is not None and frame.seq <= place.seq:
+            epochs = [p.epoch for p in self.places.values()]
+            self._attach(bus)
+            if [p.epoch for p in self.places.values()] != epochs:
+                return False
+            log.warning(
+                "partition %d: '%s' goes back from sequence %d to %d though nothing was lost; going on",
+                self.partition, topic, place.seq, frame.seq,
+            )  # fmt: skip
+            self.hub.count("sequence_steps_back")
+        seq = frame.seq if frame is not None else place.seq
+        source = Source(self._identity, topic, self.partition, seq, entry_id.decode())
+        item = Item(source, frame, fields.get(b"body", b"") if problem else b"", problem, place.rewound, place.epoch)
+        while not self.hub.inbox.put(item, 0.2):
+            if self.hub.stop.is_set():
+                return False
+            self._acknowledge(bus)
+        place.seq, place.id, place.rewound = seq, source.id, False
+        return True
+
+    def _acknowledge(self, bus: Bus) -> None:
+        """Tell Redis how far the store has got, and trim about once a second."""
+        now = time.monotonic()
+        for topic, place in self.places.items():
+            epoch, stored = place.stored
+            moved = epoch == place.epoch and stored != place.acked
+            if moved:
+                bus.done_with(self.partition, topic, self.hub.consumer, stored)
+                place.acked = stored
+            if now - place.trimmed > TRIM_SECONDS or (moved and self._is_large(bus, topic)):
+                bus.trim(self.partition, topic)
+                place.trimmed = now
+
+    def _is_large(self, bus: Bus, topic: str) -> bool:
+        held = bus.call("hget", bus.keys.info(self.partition, topic), "bytes")
+        return int(held or 0) > bus.limits.stream_max_bytes // 2
+
+
+def _streams(reply: Any) -> Iterator[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """(stream, entries) of an XREAD reply in either protocol version."""
+    if isinstance(reply, dict):
+        for stream, groups in reply.items():
+            yield stream, [entry for group in groups for entry in group]
+    else:
+        yield from reply or ()
+
+
+def _entry(reply: Any) -> tuple[str, int | None] | None:
+    """(id, sequence) of the first entry of an XRANGE reply; sequence None where it has none."""
+    if not reply:
+        return None
+    entry_id, fields = reply[0]
+    try:
+        return entry_id.decode(), int(fields[b"seq"])
+    except (KeyError, ValueError):
+        return entry_id.decode(), None
+
+
+def _after(a: str, b: str) -> bool:
+    """Whether stream id a is newer than b."""
+    return tuple(map(int, a.split("-"))) > tuple(map(int, b.split("-")))
+
+
+def _was_free(told: bytes | None, at: str) -> bool:
+    """Whether trimming was free to pass `at`: Redis was told of a newer position, or had forgotten this consumer."""
+    return at != START if told is None else _after(told.decode(), at)

@@ -1,0 +1,139 @@
+"""What a running Tapeline does, read from the bus alone; nothing is changed by looking."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+
+from shared.bus import Bus
+from shared.heartbeat import Beat, redis_now_ms
+from shared.keys import TOPICS
+
+STAGES = ("aggregate",)
+COUNT_ENTRIES = 500
+
+
+class Consumer(msgspec.Struct, frozen=True):
+    """A stage or sink on one stream. `exact`: false when the backlog is at least this much."""
+
+    name: str
+    position: str
+    behind_records: int
+    behind_entries: int
+    behind_seconds: float
+    exact: bool
+    last_event: str
+    owner: str
+    holds_trimming: bool
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """One stream of one partition. `records`: ever added; `entries`, `bytes`: held now."""
+
+    partition: int
+    topic: str
+    newest: str
+    entries: int
+    bytes: int
+    records: int
+    frames: int
+    last_event_ns: int
+    consumers: list[Consumer]
+
+
+class WorkerState(msgspec.Struct, frozen=True):
+    """A worker as its heartbeat tells; dead when the heartbeat is older than a lease."""
+
+    worker: str
+    service: str
+    host: str
+    pid: int
+    alive: bool
+    age_seconds: float
+    partitions: list[int]
+    detail: str
+
+
+class Status(msgspec.Struct, frozen=True):
+    """All of it. `feeds`: feed -> what its ingest last said of its connection."""
+
+    redis: str
+    now_ms: int
+    partitions: int
+    streams: list[Stream]
+    workers: list[WorkerState]
+    feeds: dict[str, Any]
+
+
+class Reader:
+    """Reads the status of one deployment, again and again if wanted."""
+
+    def __init__(self, bus: Bus, partitions: int, lease_seconds: float, count_entries: int = COUNT_ENTRIES) -> None:
+        self.bus, self.partitions, self.lease_ms = bus, partitions, int(lease_seconds * 1000)
+        self._limit = count_entries
+        self._script = (files("shared") / "scripts" / "backlog.lua").read_text()
+
+    def read(self) -> Status:
+        """Raises BusUnavailable."""
+        now = redis_now_ms(self.bus)
+        streams = [
+            found
+            for partition in range(self.partitions)
+            for topic in TOPICS
+            if (found := self.stream(partition, topic, now)) is not None
+        ]
+        return Status(self.bus.where, now, self.partitions, streams, self._workers(now), self.feeds())
+
+    def stream(self, partition: int, topic: str, now_ms: int) -> Stream | None:
+        """One stream with its consumers; None when nothing was ever added to it."""
+        keys, call = self.bus.keys, self.bus.call
+        info = {k.decode(): int(v) for k, v in call("hgetall", keys.info(partition, topic)).items()}
+        if not info:
+            return None
+        positions = {k.decode(): v.decode() for k, v in call("hgetall", keys.consumers(partition, topic)).items()}
+        names = sorted(positions)
+        reply = call(
+            "eval", self._script, 1, keys.stream(partition, topic), self._limit, *(positions[name] for name in names)
+        )
+        newest = reply[0].decode()
+        lowest = min((_order(p) for p in positions.values()), default=(0, 0))
+        consumers = []
+        for name, (records, entries, exact, last) in zip(names, reply[2:], strict=True):
+            position = positions[name]
+            behind = 0.0 if position == newest else max(0.0, (_order(newest)[0] - _order(position)[0]) / 1000)
+            if position == "0-0":
+                behind = 0.0
+            owner = self._owner(partition, name, now_ms) if name in STAGES else ""
+            holds = position != newest and _order(position) == lowest
+            consumers.append(
+                Consumer(name, position, records, entries, behind, bool(exact), last.decode(), owner, holds)
+            )
+        return Stream(
+            partition, topic, newest, int(reply[1]), info.get("bytes", 0), info.get("records", 0),
+            info.get("frames", 0), info.get("last_ns", 0), consumers,
+        )  # fmt: skip
+
+    def _owner(self, partition: int, stage: str, now_ms: int) -> str:
+        owner, expires = self.bus.call("hmget", self.bus.keys.lease(partition, stage), "owner", "expires_ms")
+        return owner.decode() if owner and int(expires or 0) > now_ms else ""
+
+    def _workers(self, now_ms: int) -> list[WorkerState]:
+        out = []
+        for body in self.bus.call("hgetall", self.bus.keys.workers).values():
+            b = msgspec.json.decode(body, type=Beat)
+            age = max(0, now_ms - b.at_ms)
+            alive = age <= self.lease_ms
+            out.append(WorkerState(b.worker, b.service, b.host, b.pid, alive, age / 1000, b.partitions, b.detail))
+        return sorted(out, key=lambda w: (w.service, w.worker))
+
+    def feeds(self) -> dict[str, Any]:
+        """Connection state per feed, as ingest last published it."""
+        found = self.bus.call("hgetall", self.bus.keys.feeds)
+        return {name.decode(): msgspec.json.decode(body) for name, body in sorted(found.items())}
+
+
+def _order(entry_id: str) -> tuple[int, int]:
+    ms, _, sequence = entry_id.partition("-")
+    return int(ms), int(sequence or 0)

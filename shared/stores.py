@@ -1,0 +1,156 @@
+"""Store URLs, and the few things that other parts of the program read from a store."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from shared.errors import ConfigError, StoreUnavailable
+from shared.frames import NS, iso
+
+SCHEMES = {
+    "sqlite": "sqlite:///relative.db or sqlite:////absolute/path.db",
+    "postgresql": "postgresql://user:password@host:5432/database",
+    "bigquery": "bigquery://project/dataset",
+}
+BUSY_SECONDS = 5.0
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://(.*)$", re.DOTALL)
+_NAME = re.compile(r"^[a-z_][a-z0-9_]*$")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUrl:
+    """A parsed store URL. `path` is set for sqlite; `shown` is safe to print, and so is repr."""
+
+    scheme: str
+    path: Path
+    shown: str
+
+
+def redact(url: str) -> str:
+    """The URL without its credentials."""
+    match = _URL.match(url)
+    if match is None:
+        return "***" if "@" in url else url
+    scheme, rest = match[1], match[2]
+    # A password may hold '/' or '@': whatever stands before the last '@' is taken for credentials.
+    if "@" in rest and scheme.lower() != "sqlite":
+        head, _, tail = rest.rpartition("@")
+        return f"{scheme}://{head.split(':', 1)[0].split('/', 1)[0]}:***@{_query(tail)}"
+    return f"{scheme}://{_query(rest)}"
+
+
+def _query(text: str) -> str:
+    return re.sub(r"(?i)\b(password|passwd|pwd|secret|token|key|sslpassword)=[^&]*", r"\1=***", text)
+
+
+def parse(url: str) -> StoreUrl:
+    """Raises ConfigError for an unknown scheme or a URL that names nothing."""
+    match = _URL.match(url)
+    scheme = {"postgres": "postgresql"}.get(match[1].lower(), match[1].lower()) if match else ""
+    if match is None or scheme not in SCHEMES:
+        raise ConfigError(f"'{redact(url)}' is not a store URL; there are: {'; '.join(SCHEMES.values())}")
+    rest = match[2]
+    path = Path()
+    if scheme == "sqlite":
+        if not rest.startswith("/") or rest in ("/", "/:memory:") or rest.endswith("/") or "?" in rest:
+            raise ConfigError(f"'{redact(url)}' names no file; write {SCHEMES['sqlite']}")
+        path = Path(rest[1:])
+    elif not rest.strip("/"):
+        raise ConfigError(f"'{redact(url)}' names no server; write {SCHEMES[scheme]}")
+    return StoreUrl(scheme, path, redact(url))
+
+
+def newest_cvd(url: str, ticker: str, before_ns: int) -> float | None:
+    """The newest `cvd_close` of a ticker whose window ended by `before_ns`; None where there is none.
+
+    Looks into candles_1m, then candles_1s. A store or table that does not exist yet holds none.
+    Raises ConfigError, StoreUnavailable.
+    """
+    for table, to_end_ns in (("candles_1m", 0), ("candles_1s", NS)):
+        until = iso((before_ns - to_end_ns) // NS * NS)[:19] + "Z"
+        sql = (
+            f"SELECT cvd_close FROM {table} WHERE ticker = ? AND time <= ? AND cvd_close IS NOT NULL "  # noqa: S608
+            "ORDER BY time DESC LIMIT 1"
+        )
+        rows = _select(url, table, sql, (ticker, until))
+        if rows:
+            return float(rows[0]["cvd_close"])
+    return None
+
+
+def read_rows(
+    url: str,
+    table: str,
+    where: Mapping[str, Any] | None = None,
+    *,
+    since: str | None = None,
+    until: str | None = None,
+    last: int | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of a table or view as dicts, in the order of its key.
+
+    `where` compares columns for equality; `since` <= time < `until` are ISO texts; `last` keeps the
+    newest rows by time. [] for a store or table that does not exist yet.
+    """
+    for name in (table, *(where or ())):
+        if not _NAME.match(name):
+            raise ConfigError(f"'{name}' is no table or column of a store")
+    tests = [(f'"{column}" = ?', value) for column, value in (where or {}).items()]
+    tests += [("time >= ?", since)] if since is not None else []
+    tests += [("time < ?", until)] if until is not None else []
+    filters = " WHERE " + " AND ".join(test for test, _ in tests) if tests else ""
+    values: list[Any] = [value for _, value in tests]
+    key = [c["name"] for c in sorted(_columns(url, table), key=lambda c: c["pk"]) if c["pk"]]
+    order = ", ".join(f'"{column}"' for column in key) or "1"
+    source = f'"{table}"{filters}'
+    if last is not None:
+        source = f"(SELECT * FROM {source} ORDER BY time DESC LIMIT ?)"  # noqa: S608
+        values.append(last)
+    return _select(url, table, f"SELECT * FROM {source} ORDER BY {order}", tuple(values))  # noqa: S608
+
+
+def _columns(url: str, table: str) -> list[dict[str, Any]]:
+    return _select(url, table, "SELECT name, pk FROM pragma_table_info(?)", (table,))
+
+
+def _select(url: str, table: str, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    with _reader(url) as connection:
+        if connection is None:
+            return []
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+            return []
+        cursor = connection.execute(sql, values)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+@contextmanager
+def _reader(url: str) -> Iterator[sqlite3.Connection | None]:
+    """A read-only connection, None where the file does not exist."""
+    parsed = parse(url)
+    if parsed.scheme != "sqlite":
+        raise ConfigError(f"not yet a store of this version: {parsed.scheme}")
+    if not parsed.path.exists():
+        yield None
+        return
+    connection: sqlite3.Connection | None = None
+    try:
+        target = f"file:{quote(str(parsed.path.absolute()))}?mode=ro"
+        connection = sqlite3.connect(target, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        yield connection
+    except sqlite3.OperationalError as error:
+        raise StoreUnavailable(f"SQLite {parsed.path} cannot be read now ({error})") from None
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(
+            f"SQLite {parsed.path} cannot be read ({error}): name another file in TAPELINE_STORE"
+        ) from None
+    finally:
+        if connection is not None:
+            connection.close()

@@ -1,0 +1,170 @@
+"""`tapeline replay`, whole: files in, rows stored, one line for what cannot be; nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.test_up import environ
+from tests.shared.test_cli import tapeline
+from tests.shared.test_supervise import below
+from tests.wait import until
+
+pytestmark = pytest.mark.heavy
+TRADES = 30_000
+
+
+@pytest.fixture(scope="module")
+def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic market in a file, with some late trades."""
+    out = tmp_path_factory.mktemp("tape") / "market.dbn.zst"
+    args = ("--trades", str(TRADES), "--late-fraction", "0.01", "--late-seconds", "5", "--definitions")
+    done = tapeline("generate", str(out), *args, cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def rows(db: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Tables without what may differ between runs."""
+    with sqlite3.connect(db) as connection:
+
+        def table(name: str, order: str) -> list[tuple[Any, ...]]:
+            cursor = connection.execute(f"SELECT * FROM {name} ORDER BY {order}")
+            keep = [i for i, c in enumerate(cursor.description)
+                    if c[0] not in ("timestamp_out", "latency_ms", "bus", "bus_seq", "row", "id", "at")]  # fmt: skip
+            return [tuple(row[i] for i in keep) for row in cursor]
+
+        return {
+            "candles_1m": table("candles_1m", "ticker, time"),
+            "candles_1s": table("candles_1s", "symbol, time"),
+            "late_trades": sorted(table("late_trades", "ts_event_ns"), key=str),
+        }
+
+
+def replay(cwd: Path, tape: Path, name: str, *args: str) -> dict[str, Any]:
+    done = tapeline("replay", str(tape), "--store", f"sqlite:///{name}", "--json", *args, cwd=cwd, TMPDIR=str(cwd))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    nothing_left(cwd)
+    return json.loads(done.stdout)
+
+
+def nothing_left(cwd: Path) -> None:
+    assert below(cwd) == []
+    assert list(cwd.glob("tapeline-*")) == []
+
+
+def test_every_trade_is_accounted_for_and_batching_changes_nothing(tape: Path, tmp_path: Path) -> None:
+    first = replay(tmp_path, tape, "a.db")
+    assert first["trades"] + sum(first["skipped"].values()) == TRADES
+    assert first["candles_1m"] > 0
+    assert first["dead_letters"] == 0
+    second = replay(tmp_path, tape, "b.db", "--aggregators", "2", "--frame-records", "37")
+    assert {k: second[k] for k in ("trades", "skipped", "late")} == {k: first[k] for k in ("trades", "skipped", "late")}
+    held = rows(tmp_path / "a.db")
+    assert len(held["candles_1m"]) > 0
+    assert held == rows(tmp_path / "b.db")
+    # Repeating it into the same store is harmless.
+    replay(tmp_path, tape, "a.db")
+    again = rows(tmp_path / "a.db")
+    assert {t: again[t] for t in ("candles_1m", "candles_1s")} == {t: held[t] for t in ("candles_1m", "candles_1s")}
+
+
+def test_the_summary_for_people(tape: Path, tmp_path: Path) -> None:
+    done = tapeline("replay", str(tape), "--store", "sqlite:///p.db", cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "30,000 trades in " in done.stdout
+    assert "stored in sqlite:///p.db" in done.stdout
+
+
+def test_on_another_redis_it_leaves_no_key(tape: Path, tmp_path: Path, redis_server: Any, bus: Any) -> None:
+    before = set(bus.client.keys("*"))
+    replay(tmp_path, tape, "r.db", "--redis", redis_server.url)
+    assert set(bus.client.keys("*")) == before
+
+
+def start(cwd: Path, tape: Path, *args: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-P", "-m", "shared.cli", "replay", str(tape), "--store", "sqlite:///k.db", *args]
+    return subprocess.Popen(
+        line, cwd=cwd, env=environ(cwd, TMPDIR=str(cwd)) , text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def stored(db: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{db}?mode=ro", uri=True) as connection:
+            return int(connection.execute("SELECT count(*) FROM candles_1s").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+@pytest.mark.parametrize("victim", ["redis-server", "ingest-files", "aggregate", "sink-sqlite"])
+def test_a_kill_in_the_midst_changes_no_row(tape: Path, tmp_path: Path, victim: str) -> None:
+    replay(tmp_path, tape, "calm.db")
+    process = start(tmp_path, tape, "--speed", "100", "--json")
+    until(lambda: stored(tmp_path / "k.db") > 20, 60, "rows in the midst")
+    target = next(p for p in below(tmp_path) if victim in " ".join(p.cmdline()) and "replay" not in p.cmdline())
+    target.kill()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["trades"] == TRADES
+    assert rows(tmp_path / "k.db") == rows(tmp_path / "calm.db")
+    nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_leaves_nothing(tape: Path, tmp_path: Path, signum: int, code: int) -> None:
+    process = start(tmp_path, tape, "--speed", "1")
+    until(lambda: any("redis-server" in p.name() for p in below(tmp_path)), 30, "the replay to run")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    nothing_left(tmp_path)
+
+
+def test_killed_it_leaves_nothing(tape: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, tape, "--speed", "1")
+    until(lambda: any("redis-server" in p.name() for p in below(tmp_path)), 30, "the replay to run")
+    process.kill()
+    process.communicate(timeout=20)
+    until(lambda: below(tmp_path) == [] and list(tmp_path.glob("tapeline-*")) == [], 15, "everything to go")
+
+
+def test_a_truncated_file_is_one_line(tape: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "whole.dbn"
+    assert tapeline("generate", str(plain), "--trades", "2000", cwd=tmp_path).returncode == 0
+    short = tmp_path / "short.dbn"
+    short.write_bytes(plain.read_bytes()[:-17])
+    done = tapeline("replay", str(short), "--store", "sqlite:///t.db", cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("tapeline: ")
+    assert "short.dbn" in done.stderr
+    nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no tape at all, only text"])
+def test_garbage_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.dbn").write_bytes(content)
+    done = tapeline("replay", "odd.dbn", "--store", "sqlite:///t.db", cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "odd.dbn" in done.stderr
+    nothing_left(tmp_path)
+
+
+def test_real_trades(shared_data: Path, tmp_path: Path) -> None:
+    file = shared_data / "databento" / "ESH4_tbbo_2023-12-25.dbn"
+    found = replay(tmp_path, file, "es.db")
+    assert found["trades"] == 2973
+    with sqlite3.connect(tmp_path / "es.db") as connection:
+        (volume,) = connection.execute("SELECT sum(trades) FROM candles_1s").fetchone()
+    assert volume == 2973

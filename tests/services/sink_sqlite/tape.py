@@ -1,0 +1,168 @@
+"""Candle frames for the sink's tests, and a sink to run on them."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services.sink_sqlite.store import SqliteStore
+from shared.bus import Bus
+from shared.frames import CANDLE, LATE, NS, Frame, Rows
+from shared.messages import Gap, encode
+from shared.settings import RedisSettings, Settings, Sink, Tapeline
+from shared.sink import SinkLoop, open_store
+
+T0 = 1_703_545_260 * NS  # 2023-12-25T23:01:00Z
+NAMES = [("ES", "ESH4"), ("6E", "6EH4")]
+
+
+def rows(count: int, start: int = 0, *, revision: int = 0, out_ns: int = T0 + 500_123_456, close: float = 0.0) -> Rows:
+    """Candle rows of both names, two a second, from second `start`; values follow from their place."""
+    made = np.zeros(count, CANDLE)
+    i = np.arange(count) + 2 * start
+    made["time_ns"] = T0 + (i // 2) * NS
+    made["name"] = i % 2
+    for at, name in enumerate(CANDLE.names[2:-3]):
+        made[name] = (i % 97) + at if CANDLE[name].kind == "f" else i % 5
+    made["low"] = made["open"] = made["high"] = 5000.25
+    made["close"] = close or 5000 + i / 4
+    made["vwap"][::3] = np.nan
+    made["divergence"] = i % 3 - 1
+    made["complete"] = 1
+    made["revision"] = revision
+    made["timestamp_out_ns"] = out_ns
+    return made
+
+
+def candles(made: Rows, kind: str = "candle_1m", names: list[tuple[str, str]] = NAMES) -> Frame:
+    return Frame(
+        kind, len(made), int(made["time_ns"][0]), int(made["time_ns"][-1]), "test", made.tobytes(), names=names
+    )
+
+
+def late(count: int, start: int = 0) -> Frame:
+    made = np.zeros(count, LATE)
+    tick = made["tick"]
+    tick["ts_event_ns"] = T0 + np.arange(start, start + count) * 1000 + 7
+    tick["ts_recv_ns"] = tick["ts_event_ns"] + 100
+    tick["price"], tick["size"] = 5000.5, 2
+    tick["side"] = np.arange(count) % 3 - 1
+    made["watermark_ns"] = T0 + 300 * NS
+    return Frame("late_trade", count, T0, T0 + NS, "test", made.tobytes(), names=NAMES)
+
+
+def gap(start_ns: int = T0, symbols: tuple[str, ...] = ()) -> Frame:
+    message = Gap("glbx", start_ns, start_ns + NS, "replay refused", symbols)
+    return Frame("gap", 1, start_ns, start_ns + NS, "test", encode([message]))
+
+
+class Stage:
+    """Publishes frames with one output sequence over both topics, as a stage does."""
+
+    def __init__(self, bus: Bus, partition: int = 0) -> None:
+        self.bus, self.partition = bus, partition
+        self.seq, _ = bus.attach(partition, "stage", "tests")
+
+    def put(self, *frames: Frame) -> int:
+        """Returns the newest sequence."""
+        for frame in frames:
+            topic = "late" if frame.kind == "late_trade" else "candles"
+            assert self.bus.publish(self.partition, "stage", "tests", self.seq + 1, [frame], b"", topic)
+            self.seq += 1
+            self.bus.call("hset", self.bus.keys.meta(self.partition, "aggregate"), "out_seq", self.seq)
+        return self.seq
+
+
+def settings(bus: Bus, store: str = "", partitions: int = 1, batch_rows: int = 5000, batch_ms: int = 20) -> Settings:
+    return Settings(
+        tapeline=Tapeline(partitions=partitions, namespace=bus.keys.namespace, store=store),
+        redis=RedisSettings(url=bus.url),
+        sink=Sink(batch_rows=batch_rows, batch_ms=batch_ms),
+    )
+
+
+@contextmanager
+def sinking(bus: Bus, path: Path, store: SqliteStore | None = None, **options: Any) -> Iterator[SinkLoop]:
+    """A sink on a thread; an error that ends it is raised when the block ends."""
+    stop = threading.Event()
+    store = store or SqliteStore(path, busy_seconds=0.1)
+    assert open_store(store, stop)
+    loop = SinkLoop(bus.clone(), store, "sink-sqlite", settings(bus, **options), stop)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loop.run()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+    assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def start_sink(bus: Bus, url: str, fault: str = "", batch_rows: int = 1) -> subprocess.Popen[bytes]:
+    """The service as a process of its own."""
+    code = (
+        "import signal, threading\n"
+        "from services.sink_sqlite.worker import run\n"
+        "from shared.settings import load\n"
+        "stop = threading.Event()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
+        "run(load(), stop, ())\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TAPELINE_")} | {
+        "REDIS_URL": bus.url,
+        "TAPELINE_NAMESPACE": bus.keys.namespace,
+        "TAPELINE_STORE": url,
+        "TAPELINE_PARTITIONS": "1",
+        "TAPELINE_SINK_BATCH_ROWS": str(batch_rows),
+        "TAPELINE_SINK_BATCH_MS": "20",
+    }
+    return subprocess.Popen([sys.executable, "-c", code], env=env | ({"TAPELINE_TEST_FAULT": fault} if fault else {}))
+
+
+def query(path: Path, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    """Rows of a query on a store that may be in use; [] while it has no such table."""
+    connection = sqlite3.connect(path, timeout=5)
+    try:
+        return connection.execute(sql, values).fetchall()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return []
+        raise
+    finally:
+        connection.close()
+
+
+def stored_seq(path: Path, topic: str = "candles", partition: int = 0) -> int:
+    """The newest sequence that the store has of any bus in this stream."""
+    found = query(path, "SELECT max(seq) FROM sink_cursors WHERE topic = ? AND partition = ?", (topic, partition))
+    return int(found[0][0] or 0) if found else 0
+
+
+def table(path: Path, name: str = "candles_1m") -> list[tuple[Any, ...]]:
+    """A candle table without what differs between runs, in key order."""
+    connection = sqlite3.connect(path, timeout=5)
+    try:
+        columns = [r[1] for r in connection.execute(f"PRAGMA table_info({name})")]
+        same = ", ".join(c for c in columns if c not in ("timestamp_out", "latency_ms"))
+        return connection.execute(f"SELECT {same} FROM {name} ORDER BY ticker, symbol, time").fetchall()
+    finally:
+        connection.close()

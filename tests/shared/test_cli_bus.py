@@ -1,0 +1,218 @@
+"""`status`, `tail` and `streams` on a real bus, with frames as ingest and aggregate publish them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from shared.bus import Bus, Step
+from shared.frames import CANDLE, CLOCK, LATE, NS, TICK, Frame
+from shared.heartbeat import Beat, beat
+from shared.instruments import feed_id, instrument_id
+from shared.messages import Clock, Disconnect, Gap, Instrument, encode
+from tests.shared.test_cli import tapeline
+
+T0 = 1_703_545_200 * NS  # 2023-12-25T23:00:00Z
+ES = Instrument(id=instrument_id("GLBX", "ESH4"), venue="GLBX", symbol="ESH4", root="ES", feed="files")
+CL = Instrument(id=instrument_id("GLBX", "CLG4"), venue="GLBX", symbol="CLG4", root="CL", feed="files")
+PARTITION = {"ES": 1, "CL": 2}
+
+
+def trades(instrument: int, count: int, price: float) -> Frame:
+    rows = np.zeros(count + 1, TICK)
+    rows["ts_event_ns"] = T0 + np.arange(count + 1) * NS
+    rows["instrument"], rows["price"], rows["size"], rows["side"] = instrument, price, 2, 1
+    rows["bid_px"] = np.nan
+    rows["kind"][-1], rows["instrument"][-1] = CLOCK, feed_id("files")
+    return Frame("trade", count, T0, T0 + count * NS, "files", rows.tobytes())
+
+
+def candle(revision: int = 0) -> Frame:
+    row = np.zeros(1, CANDLE)
+    row["time_ns"], row["close"], row["volume"], row["revision"], row["vwap"] = (
+        T0 + 60 * NS,
+        4801.25,
+        7,
+        revision,
+        np.nan,
+    )
+    return Frame("candle_1m", 1, T0, T0 + 60 * NS, "aggregate", row.tobytes(), names=[("ES", "ESH4")])
+
+
+def late() -> Frame:
+    row = np.zeros(1, LATE)
+    row["tick"]["ts_event_ns"], row["tick"]["instrument"], row["tick"]["price"] = T0, ES.id, 4800.5
+    row["watermark_ns"] = T0 + 200 * NS
+    return Frame("late_trade", 1, T0, T0 + 200 * NS, "aggregate", row.tobytes(), names=[("ES", "ESH4")])
+
+
+def message(kind: str, *messages: Any) -> Frame:
+    return Frame(kind, len(messages), T0, T0, "files", encode(list(messages)))
+
+
+def publish(bus: Bus, partition: int, *frames: Frame) -> None:
+    seq, _ = bus.attach(partition, "files", "test")
+    assert bus.publish(partition, "files", "test", seq + 1, list(frames), b"")
+
+
+@pytest.fixture
+def filled(bus: Bus) -> Bus:
+    """Two partitions with ticks and messages; aggregate has done half of one and made rows of it."""
+    bus.deploy(4)
+    for partition, instrument in ((1, ES), (2, CL)):
+        bus.call("hset", bus.keys.instruments(partition), instrument.id, msgspec.json.encode(instrument))
+        publish(bus, partition, message("instrument", instrument), trades(instrument.id, 3, 4800.25))
+    gap = Gap("files", T0, T0 + NS, "the machine slept")
+    publish(bus, 1, message("gap", gap), message("disconnect", Disconnect("files", T0, "EOF")))
+    publish(bus, 1, message("clock", Clock("files", T0 + 9 * NS, final=True)))
+    bus.call("hset", bus.keys.feeds, "files", msgspec.json.encode({"state": "connected", "detail": "", "published": 6}))
+    token = bus.acquire(1, "aggregate", "worker-a", 60_000)
+    assert token
+    bus.load(1, "aggregate", "ticks")
+    first = bus.read(1, "ticks", "0-0", 2)
+    outputs = {"candles": [candle(), candle(1)], "late": [late()]}
+    step = Step(token, "aggregate", "0-0", first[-1].id, 4, T0, 3, {}, (), outputs)
+    assert bus.commit(1, "ticks", step)
+    bus.register(1, "candles", "sink-sqlite")
+    beat(bus, "worker-a", "aggregate", [1])
+    old = Beat("worker-b", "aggregate", "host", 7, 1_000_000)
+    bus.call("hset", bus.keys.workers, "worker-b", msgspec.json.encode(old))
+    return bus
+
+
+def run(bus: Bus, tmp_path: Path, *args: str) -> str:
+    done = tapeline(*args, cwd=tmp_path, REDIS_URL=bus.url, TAPELINE_NAMESPACE=bus.keys.namespace)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_status_tells_positions_lag_owners_workers_and_holders(filled: Bus, tmp_path: Path) -> None:
+    found = json.loads(run(filled, tmp_path, "status", "--json"))
+    assert found["partitions"] == 4, "as deployed, whatever the settings here say"
+    ticks = next(s for s in found["streams"] if (s["topic"], s["partition"]) == ("ticks", 1))
+    stage = ticks["consumers"][0]
+    assert (stage["name"], stage["owner"]) == ("aggregate", "worker-a")
+    assert (stage["behind_records"], stage["behind_entries"], stage["exact"]) == (3, 3, True)
+    assert stage["holds_trimming"]
+    sink = next(s for s in found["streams"] if s["topic"] == "candles")["consumers"][0]
+    assert (sink["name"], sink["behind_records"]) == ("sink-sqlite", 2)
+    assert {w["worker"]: w["alive"] for w in found["workers"]} == {"worker-a": True, "worker-b": False}
+    assert found["feeds"]["files"]["state"] == "connected"
+    text = run(filled, tmp_path, "status")
+    for said in (
+        "feed files: connected",
+        "worker worker-b: dead",
+        "trimming of ticks 1 waits for aggregate",
+        "2023-12-25T23:00:03",
+    ):
+        assert said in text
+
+
+def test_looking_changes_nothing(filled: Bus, tmp_path: Path) -> None:
+    def dump() -> dict[bytes, bytes]:
+        return {key: filled.client.dump(key) for key in filled.client.scan_iter(f"{filled.keys.namespace}:*")}
+
+    before = dump()
+    for args in (("status",), ("tail", "ticks", "--no-follow"), ("streams", "list"), ("doctor",)):
+        tapeline(*args, cwd=tmp_path, REDIS_URL=filled.url, TAPELINE_NAMESPACE=filled.keys.namespace)
+    assert dump() == before
+
+
+def test_tail_ticks_has_symbols_from_all_partitions(filled: Bus, tmp_path: Path) -> None:
+    found = lines(run(filled, tmp_path, "tail", "ticks", "--no-follow", "--json"))
+    assert [r["symbol"] for r in found] == ["ESH4"] * 3 + ["CLG4"] * 3
+    assert (found[0]["price"], found[0]["side"], found[0]["bid_px"]) == (4800.25, "buy", None)
+    assert found[0]["time"] == "2023-12-25T23:00:00.000000000Z"
+    text = run(filled, tmp_path, "tail", "ticks", "--no-follow", "--symbol", "cl")
+    assert len(text.splitlines()) == 3
+    assert "CLG4" in text.splitlines()[0]
+    assert "4800.25 x 2" in text.splitlines()[0]
+
+
+def test_tail_candles_with_names_and_revisions(filled: Bus, tmp_path: Path) -> None:
+    found = lines(run(filled, tmp_path, "tail", "candles", "--from", "-1h", "--count", "2", "--json"))
+    assert [(r["ticker"], r["symbol"], r["revision"]) for r in found] == [("ES", "ESH4", 0), ("ES", "ESH4", 1)]
+    assert found[0]["vwap"] is None
+    text = run(filled, tmp_path, "tail", "candles", "--no-follow", "--symbol", "ESH4")
+    assert "2023-12-25T23:01:00Z  1m  ES" in text
+    assert "incomplete  revision 1" in text
+    assert run(filled, tmp_path, "tail", "candles", "--no-follow", "--symbol", "NQ") == ""
+
+
+@pytest.mark.parametrize(
+    ("topic", "says"),
+    [
+        ("late", "200.000 s late"),
+        ("gaps", "files gap (all symbols): the machine slept"),
+        ("gaps", "files dropped: EOF"),
+        ("clocks", "2023-12-25T23:00:09.000000000Z  files  ends here"),
+        ("clocks", "2023-12-25T23:00:03.000000000Z  files"),
+        ("instruments", "ESH4         GLBX     root ES"),
+    ],
+)
+def test_tail_of_the_other_topics(filled: Bus, tmp_path: Path, topic: str, says: str) -> None:
+    assert says in run(filled, tmp_path, "tail", topic, "--no-follow")
+    assert all(r["type"] for r in lines(run(filled, tmp_path, "tail", topic, "--no-follow", "--json")))
+
+
+def test_tail_from_an_instant(filled: Bus, tmp_path: Path) -> None:
+    assert run(filled, tmp_path, "tail", "ticks", "--no-follow", "--from", "2099-01-01T00:00:00Z") == ""
+    assert run(filled, tmp_path, "tail", "ticks", "--no-follow", "--from", "2020-01-01") != ""
+    done = tapeline("tail", "ticks", "--from", "noon", cwd=tmp_path, REDIS_URL=filled.url)
+    assert done.returncode == 1
+    assert "--from wants" in done.stderr
+
+
+def test_tail_keeps_the_order_of_arrival_over_many_frames(bus: Bus, tmp_path: Path) -> None:
+    bus.deploy(4)
+    for i in range(150):
+        publish(bus, 1 + i % 2, trades(i, 1, float(i)))
+    found = lines(run(bus, tmp_path, "tail", "ticks", "--no-follow", "--json"))
+    assert sorted(r["price"] for r in found) == list(range(150))
+    entries = [(e[0], p) for p in (1, 2) for e in bus.client.xrange(bus.keys.stream(p, "ticks"))]
+    wanted = [p for _, p in sorted(entries, key=lambda e: (tuple(map(int, e[0].split(b"-"))), e[1]))]
+    assert [r["partition"] for r in found] == wanted
+
+
+def test_streams_list_info_trim_and_drop(filled: Bus, tmp_path: Path) -> None:
+    listed = json.loads(run(filled, tmp_path, "streams", "list", "--json"))
+    assert {(s["topic"], s["partition"]) for s in listed} == {("ticks", 1), ("ticks", 2), ("candles", 1), ("late", 1)}
+    assert "sink-sqlite: at 0-0, 2 records" in run(filled, tmp_path, "streams", "info", "candles", "1")
+    assert set(json.loads(run(filled, tmp_path, "streams", "trim", "--json"))) == {"ticks", "candles", "late"}
+    dropped = json.loads(run(filled, tmp_path, "streams", "drop-consumer", "sink-sqlite", "--yes", "--json"))
+    assert dropped == {"consumer": "sink-sqlite", "streams": 1}
+    again = tapeline("streams", "drop-consumer", "sink-sqlite", "--yes", cwd=tmp_path, REDIS_URL=filled.url,
+                     TAPELINE_NAMESPACE=filled.keys.namespace)  # fmt: skip
+    assert again.returncode == 1
+    assert "no consumer 'sink-sqlite'" in again.stderr
+
+
+def test_records_are_counted_by_kind_exactly_once(filled: Bus) -> None:
+    info = filled.client.hgetall(filled.keys.info(1, "ticks"))
+    kinds = {k.decode(): int(v) for k, v in info.items() if k.startswith(b"kind:")}
+    assert kinds == {"kind:instrument": 1, "kind:trade": 3, "kind:gap": 1, "kind:disconnect": 1, "kind:clock": 1}
+    made = filled.client.hgetall(filled.keys.info(1, "candles"))
+    assert made[b"kind:candle_1m"] == b"2"
+
+
+def test_doctor_on_a_bus_that_may_lose_data(redis_server: Any, tmp_path: Path) -> None:
+    bus = Bus(redis_server.url)
+    done = tapeline("doctor", "--json", cwd=tmp_path, REDIS_URL=redis_server.url)
+    assert {f["check"]: f["fine"] for f in json.loads(done.stdout)}["redis"]
+    bus.call("config_set", "maxmemory-policy", "allkeys-lru")
+    try:
+        done = tapeline("doctor", "--json", cwd=tmp_path, REDIS_URL=redis_server.url)
+        says = {f["check"]: f["says"] for f in json.loads(done.stdout)}["redis"]
+        assert "CONFIG SET maxmemory-policy noeviction" in says
+    finally:
+        bus.call("config_set", "maxmemory-policy", "noeviction")
+        bus.close()

@@ -1,0 +1,94 @@
+"""Settings: file and environment, each value with its origin; nothing unknown passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import ConfigError
+from shared.log import Masker
+from shared.settings import ALIASES, NOT_SETTINGS, SECRETS, SECTIONS, Settings, env_name, load
+
+
+def test_defaults_need_nothing() -> None:
+    s = load(environ={})
+    assert s == Settings(origin={})
+    assert s.tapeline.store == "sqlite:///tapeline.db"
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text('[aggregate]\nworkers = 3\n[tapeline]\nfeeds = ["databento"]\n')
+    s = load(str(file), {"TAPELINE_AGGREGATE_WORKERS": "4"})
+    assert s.aggregate.workers == 4
+    assert s.tapeline.feeds == ("databento",)
+    assert s.origin["aggregate.workers"] == "env TAPELINE_AGGREGATE_WORKERS"
+    assert s.origin["tapeline.feeds"] == f"file {file}"
+
+
+def test_every_setting_has_its_own_variable() -> None:
+    names = [env_name(f"{section}.{name}") for section, kind in SECTIONS.items() for name in kind.__struct_fields__]
+    assert len(names) == len(set(names))
+    assert not set(names) & NOT_SETTINGS
+
+
+@pytest.mark.parametrize(("alias", "setting"), sorted(ALIASES.items()))
+def test_older_names_work_and_yield_to_the_new_ones(alias: str, setting: str) -> None:
+    section, name = setting.split(".")
+    fit = {"databento.stype": ("parent", "raw_symbol")}.get(setting, ("one", "two"))
+    s = load(environ={alias: fit[0]})
+    assert fit[0] in str(getattr(getattr(s, section), name))
+    s = load(environ={alias: fit[0], env_name(setting): fit[1]})
+    assert fit[1] in str(getattr(getattr(s, section), name))
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"TAPELINE_NO_SUCH": "1"}, "unknown setting TAPELINE_NO_SUCH"),
+        ({"TAPELINE_PARTITIONS": "many"}, "env TAPELINE_PARTITIONS"),
+        ({"TAPELINE_PARTITIONS": "0"}, "tapeline.partitions must be between 1 and 1024"),
+        ({"TAPELINE_LOG_LEVEL": "LOUD"}, "tapeline.log_level must be DEBUG, INFO, WARNING or ERROR"),
+        ({"TAPELINE_REDIS_CLUSTER": "perhaps"}, "wants true or false"),
+        ({"TAPELINE_AGGREGATE_BIG_TRADE": "NG"}, "wants NAME=VALUE"),
+        ({"TAPELINE_CONFIG": "/does/not/exist.toml"}, "cannot read the settings file"),
+    ],
+)
+def test_what_is_wrong_is_named(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(environ=environ)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[nowhere]\nx = 1\n", "[tapeline]\nnothing = 1\n", "not toml", "[tapeline]\npartitions = 'x'\n"]
+)
+def test_a_faulty_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "faulty.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"faulty\.toml"):
+        load(str(file), {})
+
+
+def test_secrets_are_settings() -> None:
+    for secret in SECRETS:
+        section, name = secret.split(".")
+        assert name in SECTIONS[section].__struct_fields__
+
+
+def test_no_secret_in_an_error_about_settings() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(environ={"DATABENTO_API_KEY": "db-very-secret", "TAPELINE_PARTITIONS": "0"})
+    assert "db-very-secret" not in str(caught.value)
+
+
+def test_masker_hides_keys_and_passwords() -> None:
+    s = load(environ={"DATABENTO_API_KEY": "db-very-secret", "REDIS_URL": "redis://:p%40ss-word@host:6379/0"})
+    mask = Masker(s)
+    said = mask("key db-very-secret at redis://:p%40ss-word@host:6379/0 with p@ss-word, postgresql://u:other@h/db")
+    assert "secret" not in said
+    assert "ss-word" not in said
+    assert "other" not in said
+    assert "host:6379" in said
