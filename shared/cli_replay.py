@@ -100,7 +100,7 @@ def _terminated(signum: int, _: object) -> NoReturn:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A moving line on a terminal, a plain one now and then off it; all on stderr."""
+    """A moving line on a terminal, a plain one now and then off it; stderr is left to the one error line."""
     if quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
@@ -119,7 +119,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             nonlocal next_at
             if time.monotonic() >= next_at:
                 next_at = time.monotonic() + TELL_SECONDS
-                click.echo(_line(p), err=True)
+                click.echo(_line(p))
 
         yield tell
 

@@ -92,6 +92,7 @@ LATE = np.dtype([("tick", TICK), ("name", "<i8"), ("watermark_ns", "<i8")])
 PACKED = {"trade": TICK, "candle_1m": CANDLE, "candle_1s": CANDLE, "late_trade": LATE}
 
 Rows = NDArray[Any]
+Row = Any  # one record of such an array (compiled code reads its fields as attributes)
 
 
 @dataclass(slots=True)
@@ -141,8 +142,8 @@ def parse(entry_id: bytes, flat: dict[bytes, bytes]) -> Frame:
     return Frame(
         kind=flat[b"kind"].decode(),
         count=int(flat[b"count"]),
-        first_ns=0,
-        last_ns=0,
+        first_ns=ns_of(flat[b"first"].decode()),
+        last_ns=ns_of(flat[b"last"].decode()),
         source=flat[b"src"].decode(),
         body=flat[b"body"],
         seq=int(flat[b"seq"]),
@@ -154,3 +155,8 @@ def parse(entry_id: bytes, flat: dict[bytes, bytes]) -> Frame:
 def iso(ns: int) -> str:
     """`2023-12-25T23:00:00.085275419Z`: fixed width, so that text order is time order."""
     return f"{np.datetime64(ns, 'ns')}Z"
+
+
+def ns_of(text: str) -> int:
+    """The instant of an `iso` text, ns."""
+    return int(np.datetime64(text.removesuffix("Z"), "ns").astype(np.int64))

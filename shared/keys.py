@@ -18,7 +18,7 @@ class Keys:
     namespace: str = "md"
 
     def _p(self, partition: int, *rest: str) -> str:
-        return ":".join((self.namespace, "{%d}" % partition, *rest))
+        return ":".join((self.namespace, f"{{{partition}}}", *rest))
 
     def stream(self, partition: int, topic: str) -> str:
         """Stream of frames."""

@@ -118,6 +118,8 @@ ALIASES = {
     "DATABENTO_SYMBOLS": "databento.symbols",
     "DATABENTO_STYPE": "databento.stype",
 }
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+STYPES = ("parent", "raw_symbol", "continuous")
 SECRETS = frozenset({"databento.api_key"})
 # Read by other parts of the program, not settings.
 NOT_SETTINGS = frozenset({"TAPELINE_CONFIG", "TAPELINE_SUPERVISOR_PID"})
@@ -210,11 +212,11 @@ def _from_text(kind: type[msgspec.Struct], name: str, text: str, variable: str) 
 def _check(s: Settings) -> None:
     rules = [
         (1 <= s.tapeline.partitions <= 1024, "tapeline.partitions", "between 1 and 1024"),
-        (s.tapeline.log_level in ("DEBUG", "INFO", "WARNING", "ERROR"), "tapeline.log_level", "DEBUG, INFO, WARNING or ERROR"),
+        (s.tapeline.log_level in LOG_LEVELS, "tapeline.log_level", "DEBUG, INFO, WARNING or ERROR"),
         (s.tapeline.log_format in ("auto", "json", "plain"), "tapeline.log_format", "auto, json or plain"),
         (s.redis.stream_max_bytes >= 1 << 20, "redis.stream_max_bytes", "at least 1048576"),
         (s.redis.lease_seconds >= 1, "redis.lease_seconds", "at least 1"),
-        (s.databento.stype in ("parent", "raw_symbol", "continuous"), "databento.stype", "parent, raw_symbol or continuous"),
+        (s.databento.stype in STYPES, "databento.stype", "parent, raw_symbol or continuous"),
         (1 <= s.ingest.frame_records <= 100_000, "ingest.frame_records", "between 1 and 100000"),
         (0 <= s.ingest.linger_ms <= 1000, "ingest.linger_ms", "between 0 and 1000"),
         (1 <= s.aggregate.workers <= 64, "aggregate.workers", "between 1 and 64"),

@@ -136,7 +136,8 @@ class Oracle:
     def _judge(self, root: str, mine: list[str], end: int) -> None:
         held = self.front.get(root)
         volume = {c: self._volume(c, end - 300, end) for c in mine}
-        able = [c for c in mine if root not in self.judged or held is None or self.contracts[c][1] >= self.contracts[held][1]]
+        free = root not in self.judged or held is None
+        able = [c for c in mine if free or self.contracts[c][1] >= self.contracts[held][1]]
         best = min(able, key=lambda c: (-volume[c], c != held, self.contracts[c][1]))
         if volume[best] > 0:
             self.front[root] = best
@@ -274,5 +275,6 @@ class Oracle:
             front = self.front_of[root, second + 1] == contract
             cvd = self._cvd(root, second + 1) if front else math.nan
             session = self._cvd(root, second + 1, session=True) if front else math.nan
-            rows[contract, second] = {**self._row(contract, root, second, second + 1, cvd, session), "revision": revision}
+            row = self._row(contract, root, second, second + 1, cvd, session)
+            rows[contract, second] = {**row, "revision": revision}
         return rows

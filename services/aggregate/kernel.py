@@ -9,8 +9,6 @@ No clock, no I/O, no allocation: time is what the rows say.
 
 from __future__ import annotations
 
-import numpy as np
-
 from services.aggregate.arena import WINDOW, Arrays, open_arrays
 from services.aggregate.layout import (
     CHUNK,
@@ -28,7 +26,7 @@ from services.aggregate.layout import (
 )  # fmt: skip
 from services.aggregate.rows import clear, emit_1m, emit_1s
 from shared.compiled import jit, jit_inline
-from shared.frames import CLOCK, NS, Rows
+from shared.frames import CLOCK, NS, Row, Rows
 from shared.sides import lee_ready
 
 
@@ -60,7 +58,7 @@ def warm_at(sessions: Rows, low: int, high: int, start_sec: int, need: int) -> i
         begin = max(start_sec, sessions[i, 0] // NS)
         here = sessions[i, 1] // NS - begin
         if need <= here:
-            return begin + need
+            return int(begin + need)
         need -= here
     return NEVER
 
@@ -188,9 +186,9 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
 @jit_inline
 def _room(x: Arrays) -> bool:
     """Is there room for the rows of one closing second?"""
-    return x.counters[ROWS_1M] + len(x.roots) <= len(x.out_1m) and x.counters[ROWS_1S] + len(x.contracts) <= len(
-        x.out_1s
-    )
+    fits_1m = x.counters[ROWS_1M] + len(x.roots) <= len(x.out_1m)
+    fits_1s = x.counters[ROWS_1S] + len(x.contracts) <= len(x.out_1s)
+    return bool(fits_1m and fits_1s)
 
 
 @jit
@@ -294,7 +292,7 @@ def find(table_key: Rows, key: int) -> int:
 
 
 @jit_inline
-def _put(x: Arrays, c: int, sec: int, t: Rows, side: int, big_size: float) -> float:
+def _put(x: Arrays, c: int, sec: int, t: Row, side: int, big_size: float) -> float:
     """Add a trade to its second; returns its signed size."""
     mask = x.ring.shape[1] - 1
     s = x.ring[c, sec & mask]
@@ -352,7 +350,7 @@ def _feed_of(feeds: Rows, key: int) -> int:
 
 
 @jit_inline
-def _trade(x: Arrays, i: int, t: Rows, c: int, late: Rows) -> None:
+def _trade(x: Arrays, i: int, t: Row, c: int, late: Rows) -> None:
     """Classify one accepted trade and fold it in, or hand it to the late ledger."""
     p = x.params[0]
     contract = x.contracts[c]
@@ -380,7 +378,7 @@ def _trade(x: Arrays, i: int, t: Rows, c: int, late: Rows) -> None:
             late[x.counters[LATE_ROWS], 1] = feed.watermark_ns
             x.counters[LATE_ROWS] += 1
             return
-    side = np.int64(t.side)
+    side = int(t.side)
     price = t.price
     if side == 0:
         reference = contract.last_px if price != contract.last_px else contract.previous_px

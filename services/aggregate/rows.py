@@ -13,11 +13,11 @@ import numpy as np
 from services.aggregate.arena import WINDOW, Arrays
 from services.aggregate.layout import NONE, ROWS_1M, ROWS_1S
 from shared.compiled import jit, jit_inline
-from shared.frames import NS, Rows
+from shared.frames import NS, Row, Rows
 
 
 @jit
-def clear(a: Rows) -> None:
+def clear(a: Row) -> None:
     """An empty summary (no trades)."""
     a.trades = 0
     a.volume = a.ask_volume = a.bid_volume = a.unknown_volume = 0.0
@@ -28,7 +28,7 @@ def clear(a: Rows) -> None:
 
 
 @jit
-def _add(a: Rows, s: Rows) -> None:
+def _add(a: Row, s: Row) -> None:
     """The columns whose order does not matter."""
     if a.trades == 0:
         a.high = s.high
@@ -52,7 +52,7 @@ def _add(a: Rows, s: Rows) -> None:
 
 
 @jit
-def append(a: Rows, s: Rows) -> None:
+def append(a: Row, s: Row) -> None:
     """a := a then s."""
     if s.trades == 0:
         return
@@ -66,7 +66,7 @@ def append(a: Rows, s: Rows) -> None:
 
 
 @jit
-def prepend(a: Rows, s: Rows) -> None:
+def prepend(a: Row, s: Row) -> None:
     """a := s then a."""
     if s.trades == 0:
         return
@@ -139,7 +139,7 @@ def roll(x: Arrays, k: int, contract: int, end: int) -> None:
 
 
 @jit
-def candle(a: Rows, contract: int, cvd_close: float, session_cvd: float, o: Rows) -> None:
+def candle(a: Row, contract: int, cvd_close: float, session_cvd: float, o: Row) -> None:
     """Write the columns of semantics §2 that follow from a summary and the CVD at its end."""
     cvd_open = cvd_close - a.delta
     o.name = contract
@@ -194,7 +194,7 @@ def whole(gaps: Rows, feed: int, contract: int, start_ns: int, end_ns: int) -> i
 
 
 @jit_inline
-def emit_1m(x: Arrays, f: int, k: int, closed: Rows, corrected: bool) -> bool:
+def emit_1m(x: Arrays, f: int, k: int, closed: Row, corrected: bool) -> bool:
     """Append the candles_1m row of the window ending at closed.end_sec; False when it holds no trade."""
     end = closed.end_sec
     if corrected:
@@ -213,7 +213,7 @@ def emit_1m(x: Arrays, f: int, k: int, closed: Rows, corrected: bool) -> bool:
 
 
 @jit_inline
-def emit_1s(x: Arrays, f: int, contract: int, closed: Rows) -> None:
+def emit_1s(x: Arrays, f: int, contract: int, closed: Row) -> None:
     """Append the candles_1s row of the second before closed.end_sec. CVD is the front contract's alone."""
     sec = closed.end_sec - 1
     s = x.ring[contract, sec & (x.ring.shape[1] - 1)]

@@ -39,7 +39,7 @@ class AggregateStage:
 
     name = "aggregate"
     topic = "ticks"
-    outputs = ("candles", "late")
+    outputs: tuple[str, ...] = ("candles", "late")
 
     def __init__(self, settings: Settings, seed: Seed | None = None) -> None:
         a = settings.aggregate
@@ -58,7 +58,8 @@ class AggregateStage:
         try:
             return AggregateCore(PartitionState.restore(self._config, fields), self._seed)
         except ValueError as error:
-            raise ConfigError(f"partition {partition}: {error}; put the setting back or use another namespace") from None
+            remedy = "put the setting back or use another namespace"
+            raise ConfigError(f"partition {partition}: {error}; {remedy}") from None
 
 
 def pack(output: Output, now_ns: int) -> dict[str, list[Frame]]:

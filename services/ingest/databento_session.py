@@ -26,7 +26,7 @@ HEADER_BYTES = 16
 logging.getLogger("databento").addHandler(logging.NullHandler())
 
 
-class Dropped(Exception):  # noqa: N818
+class Dropped(Exception):
     """The session is over and a new one must go on where it stopped; the text says why."""
 
 

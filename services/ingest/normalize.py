@@ -28,7 +28,8 @@ RECORD = np.dtype(
         ("bid_ct", "<u4"), ("ask_ct", "<u4"),
     ]
 )  # fmt: skip
-TRADES_RECORD = np.dtype({"names": RECORD.names[:14], "formats": [RECORD[i] for i in range(14)], "itemsize": 48})
+_TRADES = list(RECORD.fields or ())[:14]
+TRADES_RECORD = np.dtype({"names": _TRADES, "formats": [RECORD[name] for name in _TRADES], "itemsize": 48})
 
 UNDEF_PRICE = 2**63 - 1
 MAX_AHEAD_NS = 3600 * NS
@@ -77,7 +78,7 @@ class Normalizer:
         self._native, self._id, self._part = (np.zeros(size, np.int64) for _ in range(3))
         for native, bus_id, part in zip(*old, strict=True):
             if native:
-                _insert(self._native, self._id, self._part, native - 1, bus_id, part)
+                _insert(self._native, self._id, self._part, int(native) - 1, int(bus_id), int(part))
 
     def active_partitions(self) -> list[int]:
         """Partitions that this feed has an instrument in."""

@@ -74,7 +74,7 @@ class PublisherOutput:
     the source gives them and nothing is dropped.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         bus: Bus,
         feed: str,

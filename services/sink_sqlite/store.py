@@ -147,7 +147,7 @@ class SqliteStore:
         dead = list(batch.dead)
         try:
             connection.execute("BEGIN IMMEDIATE")
-            pass
+            _forget(connection, batch)
             for sql, rows in prepared:
                 dead += rows.joined.dead
                 dead += _insert(connection, sql, rows)

@@ -101,7 +101,9 @@ def test_an_aggregator_killed_ten_times(tape: Path, calm: dict[str, list[tuple[A
     nothing_left(tmp_path)
 
 
-def test_an_aggregator_paused_past_its_lease(tape: Path, calm: dict[str, list[tuple[Any, ...]]], tmp_path: Path) -> None:
+def test_an_aggregator_paused_past_its_lease(
+    tape: Path, calm: dict[str, list[tuple[Any, ...]]], tmp_path: Path
+) -> None:
     process = begin(tmp_path, tape, "120", 2)
     until(lambda: stored(tmp_path / "x.db") > 50, 60, "rows in the midst")
     sleeper = aggregators(tmp_path)[0]

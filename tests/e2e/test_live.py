@@ -50,7 +50,7 @@ def pipeline(settings: Settings, ingest: Any, *args: str) -> Iterator[threading.
     def guarded(service: Any, given: tuple[str, ...]) -> None:
         try:
             service(settings, stop, given)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             errors.append(error)
 
     services = [(ingest, args), (run_aggregate, ()), (run_sink, ())]

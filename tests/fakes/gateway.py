@@ -84,7 +84,7 @@ class Session:
         return next((s.start for s in self.subscriptions if s.schema == schema), None)
 
 
-class _Over(Exception):  # noqa: N818
+class _Over(Exception):
     """This session ends here."""
 
 
@@ -274,7 +274,8 @@ class _Stream:
             self.send(self._error(now, 8, f"Replay start {start} is no longer available"))
             raise _Over
         self._definitions(wanted, now)
-        first = int(np.searchsorted(self.tape.release_ns, now, "right"))
+        # What stands at the very start of the tape goes out once the clock has begun to move.
+        first = int(np.searchsorted(self.tape.release_ns, now, "left" if now == self.tape.start_ns else "right"))
         session.live = True
         positions = self._positions([i.native for i in wanted] if trades else [], start, first)
         self._play(positions, replayed=int(np.searchsorted(positions, first)) if start is not None else 0)

@@ -94,7 +94,7 @@ LISTINGS = (
 )
 
 
-def generate(  # noqa: PLR0917
+def generate(
     seed: int = 1,
     seconds: float = 30.0,
     per_second: float = 200.0,

@@ -28,7 +28,12 @@ INSTRUMENTS = {
 OPEN = [((START - 86_400) * NS, (START + 86_400) * NS)]
 WITH_BREAK = [((START - 3_600) * NS, (START + 200) * NS), ((START + 230) * NS, (START + 86_400) * NS)]
 
-SETTINGS = settings(max_examples=100, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(
+    max_examples=100,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @st.composite
@@ -52,7 +57,8 @@ def tapes(draw: st.DrawFn) -> list[Any]:
             continue
         behind = draw(st.sampled_from([1, NS, 2 * NS, 59 * NS, 61 * NS, 119 * NS, 120 * NS, 121 * NS, 400 * NS]))
         mid = 100 + draw(st.integers(-3, 3)) * 0.25
-        bid, ask = draw(st.sampled_from([(mid - 0.25, mid + 0.25), (mid, mid), (mid + 0.5, mid - 0.5), (math.nan, mid)]))
+        books = [(mid - 0.25, mid + 0.25), (mid, mid), (mid + 0.5, mid - 0.5), (math.nan, mid)]
+        bid, ask = draw(st.sampled_from(books))
         events.append(
             oracle.Trade(
                 contract=draw(st.sampled_from(["ESM6", "ESM6", "ESM6", "ESU6", "ESU6", "ESH6", "NQM6"])),
@@ -73,7 +79,8 @@ def frames(events: list[Any], in_band: bool) -> list[Frame]:
     for e in events:
         if isinstance(e, oracle.Trade):
             row = np.zeros(1, TICK)
-            row[0] = (e.ts, e.ts, INSTRUMENTS[e.contract].id, e.price, e.size, e.bid, e.ask, e.bid_sz, e.ask_sz, 0, 0, e.side, 0, 0)
+            quotes = (e.bid, e.ask, e.bid_sz, e.ask_sz)
+            row[0] = (e.ts, e.ts, INSTRUMENTS[e.contract].id, e.price, e.size, *quotes, 0, 0, e.side, 0, 0)
             out.append(Frame("trade", 1, 0, 0, FEED, row.tobytes()))
         elif isinstance(e, oracle.Gap):
             gap = messages.Gap(FEED, e.start, e.end, "test", e.symbols)
@@ -124,7 +131,10 @@ def same(mine: dict[str, Any], theirs: dict[str, Any], where: object) -> None:
             raise AssertionError(f"{where} {column}: kernel {got}, oracle {value}")
 
 
-def check(events: list[Any], cuts: list[int], restarts: set[int], sessions: list[tuple[int, int]], in_band: bool) -> None:
+Hours = list[tuple[int, int]]
+
+
+def check(events: list[Any], cuts: list[int], restarts: set[int], sessions: Hours, in_band: bool) -> None:
     table = np.array(sessions, np.int64)
     config = Config(sessions=lambda venue, root: table, big_trade={})
     tape = frames(events, in_band)
@@ -170,7 +180,8 @@ def test_a_busy_hour_in_any_frames_gives_the_same_bytes(cut: int) -> None:
     table = np.array(OPEN, np.int64)
     config = Config(sessions=lambda venue, root: table)
     first = Frame("instrument", 4, 0, 0, FEED, messages.encode(list(INSTRUMENTS.values())))
-    watch = Frame("clock", 1, 0, 0, FEED, messages.encode([messages.Clock(FEED, START * NS, watched_from_ns=START * NS)]))
+    clock = messages.Clock(FEED, START * NS, watched_from_ns=START * NS)
+    watch = Frame("clock", 1, 0, 0, FEED, messages.encode([clock]))
 
     def final(size: int) -> tuple[dict[Any, bytes], dict[Any, bytes]]:
         state = PartitionState(config)
@@ -178,9 +189,9 @@ def test_a_busy_hour_in_any_frames_gives_the_same_bytes(cut: int) -> None:
         kept: tuple[dict[Any, bytes], dict[Any, bytes]] = ({}, {})
         for i in range(0, n, size):
             out = state.step([Frame("trade", 1, 0, 0, FEED, ticks[i : i + size].tobytes())])
-            for chunks, into in zip((out.candles_1m, out.candles_1s), kept, strict=True):
+            for key, (chunks, into) in enumerate(zip((out.candles_1m, out.candles_1s), kept, strict=True)):
                 for row in (r for chunk in chunks for r in chunk):
-                    into[int(row["name"]) if into is kept[1] else out.names[int(row["name"])][0], int(row["time_ns"])] = row.tobytes()
+                    into[out.names[int(row["name"])][key], int(row["time_ns"])] = row.tobytes()
         return kept
 
     assert final(cut) == final(n)

@@ -16,7 +16,7 @@ from shared.messages import Clock, Disconnect, Gap, Instrument
 from tests.wait import until
 
 
-class Killed(Exception):  # noqa: N818
+class Killed(Exception):
     """The process dies here."""
 
 

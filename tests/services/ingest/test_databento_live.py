@@ -149,7 +149,7 @@ def test_the_feed_is_watched_from_the_first_moment(tape: Tape) -> None:
         with Running(live(gateway), out):
             connected(gateway)
             gateway.finish()
-            until(lambda: out.store.total())
+            until(out.store.total)
             clock = out.store.of(Clock)[0]
     assert (clock.watched_from_ns, clock.watermark_ns) == (START + 7 * NS, START + 7 * NS)
 

@@ -327,7 +327,7 @@ def many(folder: Path, rng: np.random.Generator, files: int, size: int) -> tuple
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 60), st.sampled_from([1, 5, 64]))
-def test_merged_in_order_and_resumed_anywhere(  # noqa: PLR0917
+def test_merged_in_order_and_resumed_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, files: int, size: int, batch: int
 ) -> None:
     monkeypatch.setattr(dbn_tape, "BATCH", batch)
@@ -358,7 +358,7 @@ def _after(memory: Memory, k: int) -> list[int]:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 12), max_size=4), st.sampled_from([1, 16, 1000]))
-def test_killed_while_playing_the_bus_holds_each_row_once(  # noqa: PLR0917
+def test_killed_while_playing_the_bus_holds_each_row_once(
     redis_server: EmbeddedRedis,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

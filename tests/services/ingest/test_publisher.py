@@ -89,7 +89,7 @@ def wanted(data: tuple[Rows, Any, Any]) -> dict[int, bytes]:
     return {p: rows[parts == p].tobytes() for p in range(PARTITIONS)}
 
 
-class Killed(Exception):  # noqa: N818
+class Killed(Exception):
     """The process is gone."""
 
 
@@ -129,7 +129,7 @@ def output(
     fates=st.lists(st.tuples(st.integers(0, 25), st.sampled_from(["before", "after"])), max_size=6),
     live=st.booleans(),
 )
-def test_killed_anywhere_the_streams_are_the_same(  # noqa: PLR0917
+def test_killed_anywhere_the_streams_are_the_same(
     url: str, seed: int, records: int, cuts: list[int], fates: list[tuple[int, str]], live: bool
 ) -> None:
     data = tape(400, seed)
