@@ -25,7 +25,7 @@ SERVICES = {
 # What else the CLI takes from a service without importing it statically.
 TOOLS = {
     "generate": "services.ingest.synthetic:generate",
-    "warm-aggregate": "services.aggregate.kernel:warm",
+    "warm-aggregate": "services.aggregate.core:warm",
     "warm-ingest": "services.ingest.normalize:warm",
 }
 

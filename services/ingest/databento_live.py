@@ -55,25 +55,30 @@ class DatabentoLive:
         self._history = history
         self._published = published
         self._start_ns = _parse_start(settings.start)
+        self._watched_ns: int | None = None
         self._host = settings.gateway or f"{settings.dataset.lower().replace('.', '-')}.lsg.databento.com"
 
     def run(self, out: Output, resume: Resume, stop: threading.Event) -> None:
         """Push until `stop` is set.
 
         Raises AuthError and ConfigError where trying again cannot help, and whatever `out` raises
-        (BusBehind: call again with fresh cursors).
+        (BusBehind: call again with fresh cursors). A bus that has forgotten everything gets it again
+        from when this source began to watch, as far as the gateway reaches.
         """
         if not self._settings.api_key:
             raise AuthError("there is no Databento API key: set DATABENTO_API_KEY")
         feed = Feed(self._settings, self._partitions, self.feed, out)
         feed.restore(resume, self._published or getattr(out, "published", None))
-        asyncio.run(self._sessions(feed, out, stop))
+        try:
+            asyncio.run(self._sessions(feed, out, stop))
+        finally:
+            self._watched_ns = feed.watched_ns
         out.flush()
         out.connection("ended")
 
     async def _sessions(self, feed: Feed, out: Output, stop: threading.Event) -> None:
         failures = refused = 0
-        start = self._start_ns if feed.resume_ns is None else feed.resume_ns
+        start = self._start(feed)
         while not stop.is_set():
             try:
                 feed.begin(start, replays=2)
@@ -94,7 +99,13 @@ class DatabentoLive:
             log.warning("%s: %s; trying again in %.2f s", self.feed, reason, delay)
             await _pause(delay, stop)
             if not refused:
-                start = self._start_ns if feed.resume_ns is None else feed.resume_ns
+                start = self._start(feed)
+
+    def _start(self, feed: Feed) -> int | None:
+        """From where the next session replays; None: it begins now."""
+        if feed.resume_ns is not None:
+            return feed.resume_ns
+        return self._start_ns if self._watched_ns is None else self._watched_ns
 
     async def _session(self, feed: Feed, start: int | None, stop: threading.Event) -> None:
         """One connection, from connect to `stop`. Raises Dropped when it ends before."""

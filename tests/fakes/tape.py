@@ -101,8 +101,12 @@ def generate(
     listings: tuple[Listing, ...] = LISTINGS,
     start_ns: int = START,
     equal: float = 0.2,
+    disorder_ns: int = 0,
 ) -> Tape:
-    """A made-up tape; `equal` is the share of records that repeat the one before in every field."""
+    """A made-up tape; `equal` is the share of records that repeat the one before in every field.
+
+    With `disorder_ns`, some records are that much older than those around them, as between channels.
+    """
     rng = np.random.default_rng(seed)
     n = int(seconds * per_second)
     records = np.zeros(n, RECORD)
@@ -126,6 +130,7 @@ def generate(
         if i:
             records[i] = records[i - 1]
     records["ask_px"][:3] = UNDEF_PRICE
+    records["ts_event"][20::9] -= disorder_ns
     return Tape(records, listings, start_ns, start_ns + int(seconds * NS))
 
 

@@ -14,7 +14,7 @@ import click
 import pytest
 
 from shared.cli import cli
-from shared.registry import SERVICES
+from shared.registry import SERVICES, TOOLS, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +69,21 @@ def test_run_names_every_service() -> None:
     text = cli.commands["run"].help or ""
     for service in SERVICES:
         assert f"{service} " in text
+
+
+@pytest.mark.parametrize("path", sorted({*SERVICES.values(), *TOOLS.values()}))
+def test_every_registered_function_is_there(path: str) -> None:
+    assert callable(resolve(path))
+
+
+def test_warm_compiles_what_doctor_wants(tmp_path: Path) -> None:
+    done = tapeline("warm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {line.split(":")[0] for line in done.stdout.splitlines()} == {
+        name.removeprefix("warm-") for name in TOOLS if name.startswith("warm-")
+    }
+    found = {f["check"]: f for f in json.loads(tapeline("doctor", "--json", cwd=tmp_path).stdout)}
+    assert found["kernel"]["fine"]
 
 
 def test_help_is_quick(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from services.sink_sqlite import worker
 from services.sink_sqlite.store import SqliteStore
-from shared.batches import Item, Source, batch_of
+from shared.batches import Batch, Item, Source, batch_of
 from shared.bus import Bus, Limits
-from shared.errors import BusUnavailable, ConfigError, TapelineError, VersionError
+from shared.errors import BusUnavailable, ConfigError, StoreUnavailable, TapelineError, VersionError
 from shared.frames import Frame
 from shared.heartbeat import living
 from shared.redis_server import EmbeddedRedis
@@ -403,6 +403,25 @@ def test_stopping_while_the_store_is_locked_leaves_the_rows_on_the_bus(bus: Bus,
     assert time.monotonic() - started < 5
     other.execute("ROLLBACK")
     other.close()
+    assert stored_seq(path) == 1
+    with sinking(bus, path):
+        caught_up(path, 4)
+    assert len(table(path)) == 40
+
+
+def test_nothing_is_written_behind_a_batch_that_was_given_up(bus: Bus, path: Path) -> None:
+    class Flapping(SqliteStore):
+        """Busy whenever sequence 2 comes, free for all others."""
+
+        def write(self, batch: Batch) -> int:
+            if any(cursor.seq == 2 for cursor in batch.cursors.values()):
+                raise StoreUnavailable("busy just now")
+            return super().write(batch)
+
+    stage = Stage(bus)
+    with sinking(bus, path, Flapping(path), batch_rows=1) as loop:
+        stage.put(*(candles(rows(10, 5 * i)) for i in range(4)))
+        until(lambda: loop.counters["store_waits"], what="the first try")
     assert stored_seq(path) == 1
     with sinking(bus, path):
         caught_up(path, 4)

@@ -83,13 +83,16 @@ class Collect:
 class Crashing(Collect):
     """Each partition lingers on its own; after `life` rows the process dies and what lingers is lost."""
 
-    def __init__(self, store: Store, life: int, seed: int) -> None:
+    def __init__(self, store: Store, life: int, seed: float) -> None:
         super().__init__(store)
+        self.dead = False
         self._life = life
         self._random = random.Random(seed)
         self._waiting: dict[int, tuple[list[Rows], bytes]] = {}
 
     def put(self, partition: int, rows: Rows, cursor: bytes) -> None:
+        if self.dead:
+            raise Killed
         waiting, since = self._waiting.get(partition, ([], cursor))
         cut = self._random.randint(0, len(rows))
         self._life -= len(rows)
@@ -102,11 +105,6 @@ class Crashing(Collect):
         self._waiting[partition] = ([*waiting, rows], since)
         if self._life < 0:
             raise Killed
-
-    def flush(self) -> None:
-        for p, (waiting, since) in self._waiting.items():
-            super().put(p, np.concatenate(waiting), since)
-        self._waiting = {}
 
 
 class Running:

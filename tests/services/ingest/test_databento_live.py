@@ -230,11 +230,13 @@ def test_a_drop_loses_and_doubles_nothing(tape: Tape, drop: str) -> None:
     assert second.start_of("tbbo") is not None
 
 
-def test_many_drops_in_a_row(tape: Tape) -> None:
+def test_many_drops_in_a_row() -> None:
+    """Each where the next trade is older than the last one heard: that is what the margin is for."""
+    tape = generate(disorder_ns=100_000_000)
     with Gateway(tape) as gateway:
         out = Collect()
         for i in range(12):
-            gateway.fault(("eof", "rst")[i % 2], at=400 * i + 17, torn=13 * (i % 3))
+            gateway.fault(("eof", "rst")[i % 2], at=20 + 9 * 45 * i, torn=13 * (i % 3))
         with Running(live(gateway, resume_margin_seconds=0.5), out):
             connected(gateway)
             gateway.finish()
@@ -417,7 +419,6 @@ def test_a_wrong_key_is_one_clear_line_without_the_key(tape: Tape) -> None:
     assert "\n" not in str(ended)
     assert "Authentication failed" in str(ended)
     assert wrong not in str(ended)
-    assert wrong[-5:] not in str(ended).replace("wrong", "wrong"[:0]) or "wrongwrong" not in str(ended)
     assert gateway.refused_keys == 1
 
 
@@ -476,37 +477,29 @@ def test_stopping_while_the_gateway_is_away(tape: Tape) -> None:
 # -- restarts --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_killed_at_any_instant_it_goes_on_exactly(seed: int) -> None:
     """Partitions hold different parts of the tape when the process dies; still no row is lost or doubled."""
-    tape = generate(seed=seed, seconds=20, per_second=150)
+    tape = generate(seed=seed, seconds=20, per_second=150, disorder_ns=20_000_000)
     rng = random.Random(seed)
     store = Store()
+    deaths = 10
     with Gateway(tape) as gateway:
-        life = 0
-        while life < 8:
-            life += 1
-            out = Crashing(store, rng.randint(50, 900), life) if life < 8 else Collect(store)
-            source = live(gateway, store, resume_margin_seconds=0.3)
-            with Running(source, out, Resume({p: store.cursors.get(p, b"") for p in range(PARTITIONS)})) as running:
-                until(lambda n=life: len(gateway.sessions) >= n, what="a session")
-                if life > 1 or gateway.live or until(lambda: gateway.live):
-                    gateway.advance_to(START + (3 * life) * NS if life < 7 else tape.end_ns)
-                if life < 8:
-                    gone = until(lambda r=running, s=out: r.error or r.stop.is_set() or _settled(s, gateway), 10)
-                    if isinstance(running.error, Killed):
-                        running.ended()
-                    del gone
-                else:
-                    until(lambda: store.total() >= total(tape))
+        for life in range(deaths):
+            out = Crashing(store, rng.randint(20, 900), rng.random())
+            resume = Resume({p: store.cursors.get(p, b"") for p in range(PARTITIONS)})
+            with Running(live(gateway, store, resume_margin_seconds=0.3), out, resume) as running:
+                until(lambda n=life: len(gateway.sessions) > n and (gateway.live or gateway.sessions[n].over))
+                gateway.advance_to(START + 2 * (life + 1) * NS)
+                until(lambda r=running: (r.error or rng.random() < 0.05) and store.cursors)
+                out.dead = True
+                running.stop.set()
+                assert isinstance(running.ended(), Killed | None)
+        with Running(live(gateway, store), Collect(store), Resume(dict(store.cursors))):
+            gateway.finish()
+            until(lambda: store.total() >= total(tape))
     assert_whole(store, tape)
     assert not store.of(Gap)
-
-
-def _settled(out: Crashing, gateway: Gateway) -> bool:
-    """Everything that the gateway has sent so far has come (so waiting longer brings no death)."""
-    sessions = gateway.live
-    return bool(sessions) and sessions[-1].sent > 0 and out.quiet()
 
 
 def test_a_restart_after_a_quiet_weekend_asks_from_the_last_heartbeat(tape: Tape) -> None:
@@ -536,44 +529,62 @@ def rows_on(bus: Bus) -> dict[int, Rows]:
 
 
 def test_on_a_real_bus_with_deaths(bus: Bus) -> None:
-    tape = generate(seed=9, seconds=40, per_second=150)
+    tape = generate(seed=9, seconds=40, per_second=150, disorder_ns=20_000_000)
+    deaths = 5
+
+    def process(name: str, packing: Ingest) -> tuple[PublisherOutput, Resume]:
+        stop = threading.Event()
+        out = PublisherOutput(bus.clone(), "databento", name, PARTITIONS, packing, stop, True, by_ordinal=False)
+        return out, out.attach()
+
     with Gateway(tape) as gateway:
-        for life in range(5):
-            stop = threading.Event()
-            out = PublisherOutput(
-                bus, "databento", f"me{life}", PARTITIONS, Ingest(frame_records=64), stop, True, by_ordinal=False
-            )
-            resume = out.attach()
+        for life in range(deaths + 1):
+            # Frames of odd sizes and a long linger: partitions are cut at different places.
+            out, resume = process(f"me{life}", Ingest(frame_records=37 + 10 * life, linger_ms=500.0 * (life < deaths)))
             with Running(DatabentoLive(settings(gateway), PARTITIONS), out, resume) as running:
                 connected(gateway, life + 1)
                 before = sum(len(r) for r in rows_on(bus).values())
-                gateway.advance_to(START + 10 * (life + 1) * NS)
-                if life < 4:
-                    until(lambda b=before: sum(len(r) for r in rows_on(bus).values()) > b + 200)
+                gateway.advance_to(START + 6 * (life + 1) * NS)
+                if life < deaths:
+                    until(lambda b=before: sum(len(r) for r in rows_on(bus).values()) > b + 100)
                     # Another owner takes the feed over in the middle of it: this one is as good as dead.
-                    PublisherOutput(
-                        bus, "databento", "next", PARTITIONS, Ingest(), stop, False, by_ordinal=False
-                    ).attach()
-                    gateway.advance_to(START + 10 * (life + 1) * NS + NS // 2)
+                    process("next", Ingest())[0].close()
+                    gateway.advance_to(START + 6 * (life + 1) * NS + NS // 2)
                     assert "another process publishes" in str(running.ended())
                 else:
+                    gateway.finish()
                     until(lambda: sum(len(r) for r in rows_on(bus).values()) >= total(tape), 20)
-            out._closed.set()
+            out.close()
     want = expected(tape)
-    for p, rows in rows_on(bus).items():
-        if p in want:
-            assert rows.tobytes() == trades_of(want[p]).tobytes()
+    for p, found in rows_on(bus).items():
+        assert found.tobytes() == (trades_of(want[p]).tobytes() if p in want else b"")
 
 
-def test_what_the_output_raises_reaches_the_caller(tape: Tape) -> None:
-    class Behind(Collect):
-        def ticks(self, grouped: Grouped, cursor: bytes) -> None:
+class Forgetful(Collect):
+    """After some rows, the bus turns out to have lost everything."""
+
+    def ticks(self, grouped: Grouped, cursor: bytes) -> None:
+        if self.store.total() > 500:
             raise BusBehind("the bus forgot")
+        super().ticks(grouped, cursor)
 
-    with Gateway(tape) as gateway, Running(live(gateway), Behind()) as running:
-        connected(gateway)
-        gateway.finish()
-        assert isinstance(running.ended(), BusBehind)
+
+def test_a_bus_that_lost_everything_gets_it_again(tape: Tape) -> None:
+    with Gateway(tape) as gateway:
+        source = live(gateway)
+        with Running(source, Forgetful()) as running:
+            connected(gateway)
+            gateway.advance_to(START + 5 * NS)
+            until(lambda: gateway.sessions[0].sent)
+            gateway.advance_to(START + 15 * NS)
+            assert isinstance(running.ended(), BusBehind)
+        out = Collect()
+        with Running(source, out):
+            connected(gateway, 2)
+            gateway.finish()
+            until(lambda: out.store.total() >= total(tape))
+    assert_whole(out.store, tape)
+    assert out.store.of(Clock)[0].watched_from_ns == START
 
 
 # -- the pieces ------------------------------------------------------------------------------
