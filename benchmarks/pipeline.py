@@ -60,7 +60,7 @@ def workers(
 def measure(tape: Path, trades: int, *, sink: bool, emit_1s: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        server = EmbeddedRedis(folder)
+        server = EmbeddedRedis(folder, fsync="no")  # as `tapeline replay` has it
         server.start()
         bus = Bus(server.url)
         for p in range(PARTITIONS):
@@ -97,7 +97,8 @@ def _follow(bus: Bus, ingest: subprocess.Popen[bytes], sink: bool) -> tuple[floa
     """(seconds from the first published record until everything is consumed, trades published)."""
     began = 0.0
     while True:
-        ended = ingest.poll() is not None
+        feed = bus.call("hget", bus.keys.feeds, "files")
+        ended = ingest.poll() is not None or (feed is not None and b'"ended"' in feed)
         published = sum(int(bus.call("hget", bus.keys.info(p, "ticks"), "kind:trade") or 0) for p in range(PARTITIONS))
         if published and not began:
             began = time.perf_counter()

@@ -68,6 +68,7 @@ class Bus:
         options: dict[str, Any] = {
             "socket_timeout": self.limits.block_ms / 1000 + 5,
             "socket_connect_timeout": 5,
+            "socket_read_size": 1 << 20,
         }
         try:
             if cluster:

@@ -125,7 +125,7 @@ def run_redis(settings: Settings) -> NoReturn:
     from shared.redis_server import EmbeddedRedis, exec_redis
 
     at = supervise.layout(settings)
-    server = EmbeddedRedis(at.redis, settings.redis.port)
+    server = EmbeddedRedis(at.redis, settings.redis.port, fsync=settings.redis.fsync)
     config = server.write()
     at.url.write_text(server.url + "\n")
     exec_redis(config)

@@ -103,10 +103,10 @@ class EmbeddedRedis:
     `start`, `stop` and `kill` manage a child process; under supervisord only `write` is used.
     """
 
-    def __init__(self, folder: Path | str, port: int = 0, appendonly: bool = True) -> None:
+    def __init__(self, folder: Path | str, port: int = 0, appendonly: bool = True, fsync: str = "everysec") -> None:
         self.folder = Path(folder).absolute()
         self.port: int | None = port or None
-        self.appendonly = appendonly
+        self.appendonly, self.fsync = appendonly, fsync
         self.executable, self.description = find_redis()
         self.config = self.folder / "redis.conf"
         self.log = self.folder / "redis.log"
@@ -137,8 +137,9 @@ class EmbeddedRedis:
                     "unixsocketperm 700",
                     f"dir {_quoted(self.folder)}",
                     f"appendonly {'yes' if self.appendonly else 'no'}",
-                    "appendfsync everysec",
+                    f"appendfsync {self.fsync}",
                     "no-appendfsync-on-rewrite yes",
+                    "auto-aof-rewrite-min-size 1gb",
                     'save ""',
                     "maxmemory-policy noeviction",
                     'logfile ""',

@@ -67,8 +67,8 @@ class Summary(msgspec.Struct):
 def settings_of(plan: Plan, settings: Settings) -> Settings:
     """The settings of the replay's own processes."""
     tapeline = msgspec.structs.replace(settings.tapeline, state_dir=str(plan.state), namespace=plan.namespace)
-    # Nobody looks back into a throwaway bus: what is consumed may go.
-    redis = msgspec.structs.replace(settings.redis, url=plan.redis, port=0, window_seconds=0)
+    # Nobody looks back into a throwaway bus: what is consumed may go. Its file need not outlive the machine.
+    redis = msgspec.structs.replace(settings.redis, url=plan.redis, port=0, window_seconds=0, fsync="no")
     ingest = settings.ingest
     if plan.frame_records is not None:
         ingest = msgspec.structs.replace(ingest, frame_records=plan.frame_records)

@@ -31,11 +31,12 @@ class Tapeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RedisSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The bus. Empty `url`: an embedded server is started."""
+    """The bus. Empty `url`: an embedded server is started; `fsync` is that server's appendfsync."""
 
     url: str = ""
     cluster: bool = False
     port: int = 6390
+    fsync: str = "everysec"
     stream_max_bytes: int = 64 << 20
     window_seconds: int = 900
     lease_seconds: float = 10.0
@@ -215,6 +216,7 @@ def _check(s: Settings) -> None:
         (s.tapeline.log_level in LOG_LEVELS, "tapeline.log_level", "DEBUG, INFO, WARNING or ERROR"),
         (s.tapeline.log_format in ("auto", "json", "plain"), "tapeline.log_format", "auto, json or plain"),
         (s.redis.stream_max_bytes >= 1 << 20, "redis.stream_max_bytes", "at least 1048576"),
+        (s.redis.fsync in ("always", "everysec", "no"), "redis.fsync", "always, everysec or no"),
         (s.redis.lease_seconds >= 1, "redis.lease_seconds", "at least 1"),
         (s.databento.stype in STYPES, "databento.stype", "parent, raw_symbol or continuous"),
         (1 <= s.ingest.frame_records <= 100_000, "ingest.frame_records", "between 1 and 100000"),

@@ -247,7 +247,7 @@ def prepare(settings: Settings, chosen: list[Program]) -> tuple[Settings, str]:
 
         about = f"Redis at {Masker(settings)(settings.redis.url)}"
     else:
-        server = EmbeddedRedis(at.redis, settings.redis.port)
+        server = EmbeddedRedis(at.redis, settings.redis.port, fsync=settings.redis.fsync)
         server.write()
         about = server.describe()
         at.url.write_text(server.url + "\n")

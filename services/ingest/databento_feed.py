@@ -90,7 +90,7 @@ class Feed:
         """From where a new session must replay; None when nothing was watched yet."""
         if self.watched_ns is None:
             return None
-        return max(self.position_ns - 0, self.watched_ns)
+        return max(self.position_ns - self._margin_ns, self.watched_ns)
 
     def restore(self, resume: Resume, published: Published | None) -> None:
         """Go on where a former process stopped: from its cursors and from what the bus really holds."""
@@ -241,6 +241,7 @@ class Feed:
     def _heartbeat(self) -> None:
         """Quiet, but alive: time goes on, unless a replay is still on its way."""
         self.progress = True
+        self._out.flush()  # in a quiet market, too, we learn soon that the bus has refused us
         if self._replays_left:
             return
         now = self.heard_ns
