@@ -6,6 +6,7 @@ script checks a sequence, an owner or a position before its first write.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import time
@@ -19,14 +20,16 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
+from redis.connection import parse_url
 from redis.retry import Retry
 
-from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced
+from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.frames import Frame, parse
 from shared.keys import Keys
 
 KEEP_ENTRIES = 16
-_DOWN = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterDownError)
+# ClusterError: a cluster that is down, or that moves a slot about for too long.
+_DOWN = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,20 @@ class Step:
     outputs: dict[str, list[Frame]]
 
 
+class _Script:
+    """One of our scripts. A node that has forgotten it gets it with the call; no other node is asked."""
+
+    def __init__(self, client: Any, text: str) -> None:
+        self._client, self._text = client, text
+        self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def __call__(self, keys: list[str], args: list[Any]) -> Any:
+        try:
+            return self._client.evalsha(self._sha, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return self._client.eval(self._text, len(keys), *keys, *args)
+
+
 class Bus:
     """A connection to Redis (or a Redis Cluster) that speaks in frames.
 
@@ -64,7 +81,7 @@ class Bus:
         self.url, self.cluster = url, cluster
         self.keys = Keys(namespace)
         self.limits = limits or Limits()
-        # Our scripts carry their own idempotence; the client's blind retries would double the rest.
+        # Whoever waits for Redis does so where it can be stopped, so the client itself does not retry.
         options: dict[str, Any] = {
             "socket_timeout": self.limits.block_ms / 1000 + 5,
             "socket_connect_timeout": 5,
@@ -72,16 +89,15 @@ class Bus:
         }
         try:
             if cluster:
-                self.client: Any = RedisCluster.from_url(url, **options)
-            else:
-                self.client = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options)
+                _check_cluster_url(url)
+            with self._errors():
+                client = RedisCluster if cluster else redis.Redis
+                self.client: Any = client.from_url(url, retry=Retry(NoBackoff(), 0), **options)
         except ValueError as error:
             raise ConfigError(f"REDIS_URL is not a Redis URL ({error}); use redis://host:port/db") from None
-        except _DOWN as error:
-            raise BusUnavailable(f"Redis at {self.where} does not answer ({_short(error)})") from None
         folder = files("shared") / "scripts"
         self._script = {
-            name: self.client.register_script((folder / f"{name}.lua").read_text())
+            name: _Script(self.client, (folder / f"{name}.lua").read_text())
             for name in ("publish", "attach", "commit", "lease", "trim")
         }
 
@@ -108,12 +124,24 @@ class Bus:
             raise BusUnavailable(f"Redis at {self.where} does not answer ({_short(error)})") from None
         except redis.exceptions.OutOfMemoryError:
             raise BusUnavailable(f"Redis at {self.where} is out of memory; raise maxmemory") from None
+        except redis.exceptions.RedisClusterException as error:
+            raise self._cluster_error(error) from None
+        except redis.exceptions.AskError:  # MOVED, too; a cluster's client follows them
+            raise ConfigError(f"Redis at {self.where} is a cluster; set TAPELINE_REDIS_CLUSTER=true") from None
         except redis.ResponseError as error:
             if str(error).startswith("NOAUTH"):
                 raise AuthError(f"Redis at {self.where} wants a password; put it into REDIS_URL") from None
             if str(error).startswith(("MISCONF", "LOADING", "READONLY")):
                 raise BusUnavailable(f"Redis at {self.where} refuses writes ({_short(error)})") from None
             raise
+
+    def _cluster_error(self, error: redis.exceptions.RedisClusterException) -> TapelineError:
+        """The client wraps what its last node said; every other case is nodes or slots that are missing."""
+        if isinstance(error.__cause__, redis.AuthenticationError):
+            return AuthError(f"Redis at {self.where} refused the credentials; check REDIS_URL")
+        if "Cluster mode is not enabled" in str(error):
+            return ConfigError(f"Redis at {self.where} is no cluster; unset TAPELINE_REDIS_CLUSTER")
+        return BusUnavailable(f"Redis Cluster at {self.where} is not whole ({_short(error)})")
 
     def ping(self) -> None:
         """Raises BusUnavailable or AuthError."""
@@ -194,12 +222,22 @@ class Bus:
 
     def read(self, partition: int, topic: str, position: str, count: int, block_ms: int | None = None) -> list[Frame]:
         """Frames after `position`, oldest first; waits up to `block_ms` for the first one (None: no wait)."""
-        with self._errors():
-            reply = self.client.xread({self.keys.stream(partition, topic): position}, count=count, block=block_ms)
+        reply = self.xread({self.keys.stream(partition, topic): position}, count, block_ms)
         if not reply:
             return []
         entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
         return [parse(entry_id, fields) for entry_id, fields in entries]
+
+    def xread(self, positions: dict[str, str], count: int, block_ms: int | None = None) -> Any:
+        """The client's reply to XREAD of streams of one partition."""
+        if not self.cluster:
+            return self.call("xread", positions, count=count, block=block_ms)
+        # The cluster's client asks some node each time where the keys of an XREAD are; we know: all on one.
+        block = () if block_ms is None else ("BLOCK", block_ms)
+        command = ("XREAD", *block, "COUNT", count, "STREAMS", *positions, *positions.values())
+        with self._errors():
+            node = self.client.get_node_from_key(next(iter(positions)))
+            return self.client.execute_command(*command, target_nodes=node)
 
     def last_id(self, partition: int, topic: str) -> str:
         """Id of the newest entry ever added, `0-0` for none."""
@@ -299,3 +337,10 @@ def worker_id(service: str) -> str:
 
 def _short(error: BaseException) -> str:
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+def _check_cluster_url(url: str) -> None:
+    """Raises ValueError."""
+    given = parse_url(url)
+    if "path" in given or given.get("db"):
+        raise ValueError("a cluster has neither a unix socket nor databases")

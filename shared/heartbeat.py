@@ -24,13 +24,13 @@ class Beat(msgspec.Struct, frozen=True):
 
 
 def redis_now_ms(bus: Bus) -> int:
-    """Redis's TIME in milliseconds."""
+    """Redis's TIME in milliseconds; on a cluster that of the node with the heartbeats, so that all mean one clock."""
     seconds, micros = bus.call("time") if not bus.cluster else _cluster_time(bus)
     return int(seconds) * 1000 + int(micros) // 1000
 
 
 def _cluster_time(bus: Bus) -> Any:
-    return bus.call("time", target_nodes=bus.client.get_default_node())
+    return bus.call("time", target_nodes=bus.call("get_node_from_key", bus.keys.workers))
 
 
 def beat(bus: Bus, worker: str, service: str, partitions: list[int] | None = None, detail: str = "") -> int:

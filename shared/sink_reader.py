@@ -232,7 +232,7 @@ class Reader:
     def _turn(self, bus: Bus) -> None:
         streams = {bus.keys.stream(self.partition, topic): topic for topic in TOPICS}
         positions = {stream: self.places[topic].id for stream, topic in streams.items()}
-        reply = bus.call("xread", positions, count=READ_ENTRIES, block=bus.limits.block_ms)
+        reply = bus.xread(positions, READ_ENTRIES, bus.limits.block_ms)
         for stream, entries in _streams(reply):
             topic = streams[stream.decode()]
             for entry_id, fields in entries:
