@@ -251,7 +251,7 @@ def prepare(settings: Settings, chosen: list[Program]) -> tuple[Settings, str]:
         server.write()
         about = server.describe()
         at.url.write_text(server.url + "\n")
-        settings = replace(settings, redis=msgspec.structs.replace(settings.redis, url=server.url))
+        settings = replace(settings, redis=msgspec.structs.replace(settings.redis, url=server.url, cluster=False))
     state, socket = (str(path).replace("%", "%%") for path in (at.state, at.socket))
     at.conf.write_text(render(chosen, state, socket, COMMAND))
     return settings, about
@@ -300,4 +300,4 @@ def find_bus(settings: Settings) -> Settings:
         raise ConfigError(
             f"no Redis: REDIS_URL is not set, and no `tapeline up` runs in {at.state} (TAPELINE_STATE_DIR)"
         ) from None
-    return replace(settings, redis=msgspec.structs.replace(settings.redis, url=url))
+    return replace(settings, redis=msgspec.structs.replace(settings.redis, url=url, cluster=False))

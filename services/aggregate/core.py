@@ -122,6 +122,8 @@ class PartitionState:
                 bodies = []
                 for message in decode(frame.body):
                     self._message(message, seeds, out)
+                if self._index_stale:
+                    self._index()
         self._ticks(bodies, out)
         for f in range(len(self.feeds)):
             while not kernel.flush(self._bind(), f):
@@ -309,10 +311,10 @@ class PartitionState:
                 self._registry_dirty = self._all_contracts_dirty = True
             return
         if not _candled(instrument):
-            if instrument.id not in self.registry.ignored:
+            if instrument.id not in self._ignored:
+                self._ignored.add(instrument.id)
                 self.registry.ignored.append(instrument.id)
-                self._registry_dirty = True
-                self._index()
+                self._registry_dirty = self._index_stale = True
             return
         f = self._feed(instrument.feed)
         key = (instrument.venue, instrument.root)
@@ -344,8 +346,9 @@ class PartitionState:
         self.registry.contracts.append(instrument)
         if self.feeds[f]["watched_ns"] != NONE:
             self._warm(len(self.contracts) - 1)
-        self._registry_dirty = self._all_contracts_dirty = True
-        self._index()
+        self._by_id[instrument.id] = len(self.contracts) - 1
+        self._registry_dirty = self._all_contracts_dirty = self._index_stale = True
+        self._table = None
 
     def _add_root(self, key: tuple[str, str], f: int) -> None:
         self.registry.roots.append(key)
@@ -400,6 +403,8 @@ class PartitionState:
     def _index(self) -> None:
         known = {i.id: c for c, i in enumerate(self.registry.contracts)}
         self._by_id = known
+        self._ignored = set(self.registry.ignored)
+        self._index_stale = False
         entries = [*known.items(), *((i, -2) for i in self.registry.ignored)]
         size = 1 << max(6, (4 * len(entries)).bit_length())
         self._table_key = np.zeros(size, np.int64)

@@ -58,7 +58,7 @@ class Gateway:
         self._keys, self.version, self.ack, self.definitions = keys, version, ack, definitions
         self.raw = memoryview(tape.records.tobytes())
         self._now = tape.start_ns
-        self._began: float | None = None
+        self.began: float | None = None
         self.faults: list[Fault] = []
         self.cond = threading.Condition()
         self.stop = threading.Event()
@@ -112,7 +112,7 @@ class Gateway:
     def begin(self) -> None:
         """Let the clock run at `speed` from the tape's start."""
         with self.cond:
-            self._began = time.monotonic()
+            self.began = time.monotonic()
             self.cond.notify_all()
 
     def advance_to(self, ts_ns: int) -> None:
@@ -134,11 +134,11 @@ class Gateway:
     @property
     def now_ns(self) -> int:
         """The tape's clock."""
-        if self._began is None or self.speed is None:
+        if self.began is None or self.speed is None:
             return self._now
         if self.speed == float("inf"):
             return self.tape.end_ns
-        return max(self._now, self.tape.start_ns + int((time.monotonic() - self._began) * self.speed * NS))
+        return max(self._now, self.tape.start_ns + int((time.monotonic() - self.began) * self.speed * NS))
 
     @property
     def live(self) -> list[Session]:

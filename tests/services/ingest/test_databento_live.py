@@ -230,3 +230,14 @@ def test_heartbeats_of_a_replay_do_not_run_ahead(tape: Tape) -> None:
             until(lambda: out.store.total() >= total(tape))
     assert_whole(out.store, tape)
     assert not [c for c in out.store.of(Clock) if c.wall_ns]
+
+
+def test_a_gateway_on_a_running_clock_plays_the_tape(tape: Tape) -> None:
+    """`speed`: what benchmarks and demos use instead of moving the clock by hand."""
+    with Gateway(tape, speed=60.0) as gateway:
+        out = Collect()
+        with Running(live(gateway), out):
+            connected(gateway)
+            gateway.begin()
+            until(lambda: out.store.total() == total(tape))
+    assert_whole(out.store, tape)
