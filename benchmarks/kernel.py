@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from services.aggregate import kernel
-from services.aggregate.core import Config, PartitionState
+from services.aggregate.core import PartitionState
 from services.aggregate.layout import ROWS_1M, ROWS_1S
+from services.aggregate.state import Config
 from shared import messages
 from shared.calendar import ALWAYS, sessions
 from shared.frames import NS, TICK, Frame, Rows

@@ -35,7 +35,9 @@ def run(trades: int = 5_000_000, runs: int = 3) -> dict[str, Any]:
             found["no store"].append(measure(tape, trades, sink=False, emit_1s=False))
             found["sqlite, candles_1m"].append(measure(tape, trades, sink=True, emit_1s=False))
             found["sqlite, every row"].append(measure(tape, trades, sink=True, emit_1s=True))
-        return {name: sorted(some, key=lambda r: r["trades_per_second"])[len(some) // 2] for name, some in found.items()}
+        return {
+            name: sorted(some, key=lambda r: r["trades_per_second"])[len(some) // 2] for name, some in found.items()
+        }
 
 
 @contextmanager

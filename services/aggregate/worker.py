@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from services.aggregate.core import Config, Output, PartitionState
+from services.aggregate.core import Output, PartitionState, warm
+from services.aggregate.state import Config
 from shared.calendar import calendar_of, sessions
 from shared.errors import ConfigError
 from shared.frames import Frame, Rows
@@ -95,6 +96,7 @@ def _frame(kind: str, rows: Rows, time: str, names: list[tuple[str, str]]) -> Fr
 
 def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:  # noqa: ARG001
     """Service entry: aggregate this worker's share of the partitions until stopped."""
+    warm()
     bus = wait_for_bus(settings, stop)
     if bus is not None:
         Worker(bus, AggregateStage(settings), settings, stop).run()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from services.aggregate.core import Config, PartitionState
+from services.aggregate.core import PartitionState
+from services.aggregate.state import Config
 from shared import messages
 from shared.frames import CANDLE, CLOCK, NS, TICK, Frame
 from shared.instruments import feed_id, instrument_id
