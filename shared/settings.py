@@ -220,6 +220,8 @@ def _check(s: Settings) -> None:
         (s.redis.lease_seconds >= 1, "redis.lease_seconds", "at least 1"),
         (s.databento.stype in STYPES, "databento.stype", "parent, raw_symbol or continuous"),
         (1 <= s.ingest.frame_records <= 100_000, "ingest.frame_records", "between 1 and 100000"),
+        (s.ingest.frame_records * 400 <= s.redis.stream_max_bytes, "ingest.frame_records",
+         "so small that a stream holds four frames (redis.stream_max_bytes / 400)"),
         (0 <= s.ingest.linger_ms <= 1000, "ingest.linger_ms", "between 0 and 1000"),
         (1 <= s.aggregate.workers <= 64, "aggregate.workers", "between 1 and 64"),
         (0 <= s.aggregate.max_lateness_seconds <= 3600, "aggregate.max_lateness_seconds", "between 0 and 3600"),

@@ -3,8 +3,11 @@
 -- KEYS: stream, info, consumers   ARGV: window ms, bound bytes, entries always kept   Returns entries removed.
 local positions = redis.call('HVALS', KEYS[3])
 local length = redis.call('XLEN', KEYS[1])
-local spare = length - tonumber(ARGV[3])
-if #positions == 0 or spare <= 0 then return 0 end
+local held = tonumber(redis.call('HGET', KEYS[2], 'bytes') or '0')
+local keep = tonumber(ARGV[3])
+-- Entries so large that the kept ones alone would fill the stream: the newest is enough.
+if length > 0 and held / length * keep > tonumber(ARGV[2]) / 4 then keep = 1 end
+if #positions == 0 or length <= keep then return 0 end
 local ms, sq = math.huge, 0
 for _, id in ipairs(positions) do
   local a, b = string.match(id, '(%d+)-(%d+)')
@@ -14,7 +17,6 @@ end
 local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1][1]
 local last_ms, last_sq = string.match(newest, '(%d+)-(%d+)')
 last_ms, last_sq = tonumber(last_ms), tonumber(last_sq)
-local held = tonumber(redis.call('HGET', KEYS[2], 'bytes') or '0')
 if held < tonumber(ARGV[2]) / 2 then
   local edge = last_ms - tonumber(ARGV[1])
   if edge < ms then ms, sq = edge, 0 end
@@ -22,7 +24,7 @@ end
 if ms <= 0 then return 0 end
 local removed
 if ms > last_ms or (ms == last_ms and sq >= last_sq) then
-  removed = redis.call('XTRIM', KEYS[1], 'MAXLEN', ARGV[3])
+  removed = redis.call('XTRIM', KEYS[1], 'MAXLEN', keep)
 else
   removed = redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f-%.0f', ms, sq + 1))
 end
