@@ -26,6 +26,7 @@ from services.aggregate.state import Config, State, candled
 from shared.frames import LATE, NS, TICK, Frame, Rows
 from shared.messages import AnyMessage, Clock, Disconnect, Gap, Instrument, decode, encode
 
+JOIN_BELOW = 16_384  # bytes a frame
 JSON_KINDS = frozenset({"instrument", "clock", "gap", "disconnect"})
 
 
@@ -86,9 +87,13 @@ class PartitionState(State):
         return [(root, watched[feed]) for root, feed in new.items() if watched.get(feed, NONE) != NONE]
 
     def _ticks(self, bodies: list[bytes], out: Output) -> None:
-        if not bodies:
-            return
-        ticks = np.frombuffer(bodies[0] if len(bodies) == 1 else b"".join(bodies), TICK)
+        # Small frames are joined, because each call costs; large ones are not, because copying does.
+        if bodies and sum(map(len, bodies)) < JOIN_BELOW * len(bodies):
+            bodies = [b"".join(bodies)]
+        for body in bodies:
+            self._run(np.frombuffer(body, TICK), out)
+
+    def _run(self, ticks: Rows, out: Output) -> None:
         if len(ticks) > len(self._late):
             self._late = np.zeros((2 * len(ticks), 2), np.int64)
         if self._unwatched:
@@ -98,12 +103,12 @@ class PartitionState(State):
             at = kernel.run(ticks, at, self._bind(), self._late)
             if self.counters[LATE_ROWS]:
                 self._drain_late(ticks, out)
-            self._drain(out)
+            if at < len(ticks):
+                self._drain(out)
 
     def _advance(self, f: int, watermark_ns: int, out: Output) -> None:
         while not kernel.advance(self._bind(), f, watermark_ns // NS):
             self._drain(out)
-        self._drain(out)
         self.feeds[f]["watermark_ns"] = max(watermark_ns, int(self.feeds[f]["watermark_ns"]))
 
     def _drain(self, out: Output) -> None:

@@ -37,7 +37,7 @@ from shared.messages import Instrument
 
 STATE_VERSION = 1
 CANDLED = frozenset("FK?")
-OUT_ROWS = 4096
+OUT_ROWS = 16_384
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def begin(cwd: Path, tape: Path, speed: str, workers: int) -> subprocess.Popen[s
 
 def stored(db: Path) -> int:
     try:
-        with sqlite3.connect(f"file:{db}?mode=ro", uri=True) as connection:
+        with closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
             return int(connection.execute("SELECT count(*) FROM candles_1s").fetchone()[0])
     except sqlite3.OperationalError:
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,6 @@ def test_the_demo_ends_by_itself_with_rows(tmp_path: Path) -> None:
     for said in ("trades in", "latency of live rows", "ES ", "NQ ", "CL ", "next:"):
         assert said in done.stdout
     assert below(tmp_path) == []
-    with sqlite3.connect(stale) as connection:
+    with closing(sqlite3.connect(stale)) as connection:
         (minutes,) = connection.execute("SELECT count(*) FROM candles_1m WHERE ticker = 'ES'").fetchone()
     assert minutes > 500, "ten minutes of history, less the first, and some live seconds"

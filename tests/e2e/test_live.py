@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def test_faults_leave_no_trace_in_the_table(bus: Bus, real: Tape, shared_data: P
             sessions = len(gateway.sessions)
     assert sessions >= 5
     held = rows(tmp_path / "live.db")
-    with sqlite3.connect(tmp_path / "live.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "live.db")) as connection:
         assert connection.execute("SELECT count(*) FROM gaps").fetchone() == (0,)
     # Live knows the time from what it hears: the last seconds after the last trade need a heartbeat.
     last = held["candles_1m"][-1][0]
@@ -157,7 +157,7 @@ def test_a_stretch_beyond_the_replay_window_is_a_gap(bus: Bus, real: Tape, tmp_p
             gateway.advance_to(real.end_ns)
             gateway.finish()
             everything_stored(bus, int(real.records["ts_event"][-1]))
-    with sqlite3.connect(tmp_path / "gap.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "gap.db")) as connection:
         gaps = connection.execute("SELECT start_ns, end_ns FROM gaps").fetchall()
         table = connection.execute(
             "SELECT CAST(strftime('%s', time) AS INTEGER), complete FROM candles_1m ORDER BY time"

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def tape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(db: Path) -> dict[str, list[tuple[Any, ...]]]:
     """Tables without what may differ between runs."""
-    with sqlite3.connect(db) as connection:
+    with closing(sqlite3.connect(db)) as connection:
 
         def table(name: str, order: str) -> list[tuple[Any, ...]]:
             cursor = connection.execute(f"SELECT * FROM {name} ORDER BY {order}")
@@ -101,7 +102,7 @@ def start(cwd: Path, tape: Path, *args: str) -> subprocess.Popen[str]:
 
 def stored(db: Path) -> int:
     try:
-        with sqlite3.connect(f"file:{db}?mode=ro", uri=True) as connection:
+        with closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
             return int(connection.execute("SELECT count(*) FROM candles_1s").fetchone()[0])
     except sqlite3.OperationalError:
         return 0
@@ -167,6 +168,6 @@ def test_real_trades(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "databento" / "ESH4_tbbo_2023-12-25.dbn"
     found = replay(tmp_path, file, "es.db")
     assert found["trades"] == 2973
-    with sqlite3.connect(tmp_path / "es.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "es.db")) as connection:
         (volume,) = connection.execute("SELECT sum(trades) FROM candles_1s").fetchone()
     assert volume == 2973

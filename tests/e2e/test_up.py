@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Up:
 
     def rows(self) -> int:
         try:
-            with sqlite3.connect(f"file:{self.folder / 'tapeline.db'}?mode=ro", uri=True) as connection:
+            with closing(sqlite3.connect(f"file:{self.folder / 'tapeline.db'}?mode=ro", uri=True)) as connection:
                 return int(connection.execute("SELECT count(*) FROM candles_1s").fetchone()[0])
         except sqlite3.OperationalError:
             return 0

@@ -16,8 +16,8 @@ def frame(n: int, size: int = 10) -> Frame:
 
 def step(token: str, begin: str, end: str, **more: object) -> Step:
     values = {
-        "token": token, "stage": "aggregate", "from_pos": begin, "to_pos": end, "records": 1, "last_ns": 5, "out_seq": 1,
-        "changes": {}, "deletes": (), "outputs": {},
+        "token": token, "stage": "aggregate", "from_pos": begin, "to_pos": end, "records": 1, "last_ns": 5,
+        "out_seq": 1, "changes": {}, "deletes": (), "outputs": {},
     }  # fmt: skip
     return Step(**(values | more))  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ def test_the_number_of_partitions_is_fixed(bus: Bus) -> None:
 
 
 def test_a_redis_that_is_not_there() -> None:
-    with pytest.raises(BusUnavailable, match="127.0.0.1:1"):
+    with pytest.raises(BusUnavailable, match=r"127\.0\.0\.1:1"):
         Bus("redis://user:secret@127.0.0.1:1").ping()
     with pytest.raises(ConfigError, match="REDIS_URL"):
         Bus("http://nowhere")

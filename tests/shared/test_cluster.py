@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,7 @@ def test_a_killed_master_is_waited_for(
 
 def stored(db: Path) -> int:
     try:
-        with sqlite3.connect(f"file:{db}?mode=ro", uri=True) as connection:
+        with closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
             return int(connection.execute("SELECT count(*) FROM candles_1s").fetchone()[0])
     except sqlite3.OperationalError:
         return 0

@@ -1,0 +1,352 @@
+"""The documentation is true: what it lists is what the code has, and what it shows works."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sqlite3
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import pytest
+
+from services.ingest.normalize import REASONS
+from services.sink_sqlite.schema import migrate
+from shared import errors, messages, registry
+from shared.cli import cli
+from shared.cli_run import EX_TEMPFAIL
+from shared.frames import CANDLE, LATE, PACKED, TICK, Frame
+from shared.keys import TOPICS, Keys
+from shared.settings import ALIASES, SECTIONS, Settings, env_name, load
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
+SETTINGS = [(section, name) for section, kind in SECTIONS.items() for name in kind.__struct_fields__]
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def sections(text: str) -> dict[str, str]:
+    """Level-2 heading -> what stands below it."""
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def table_rows(text: str) -> Iterator[list[str]]:
+    """Cells of every table row (`\\|` is part of a cell)."""
+    for line in text.splitlines():
+        if line.startswith("|") and not set(line) <= set("|- "):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def quoted(text: str) -> list[str]:
+    """Everything in backticks."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+def blocks(language: str) -> list[Any]:
+    """Fenced code blocks of a language on all pages."""
+    return [
+        pytest.param(body, id=f"{path.relative_to(ROOT)}:{number}")
+        for path in PAGES
+        for number, body in enumerate(re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S), 1)
+    ]
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def commands(group: click.Group = cli, path: str = "tapeline") -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, by its whole name."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def options(command: click.Command) -> set[str]:
+    return {name for p in command.params if isinstance(p, click.Option) for name in (*p.opts, *p.secondary_opts)}
+
+
+def test_every_command_and_option_is_documented_and_no_other() -> None:
+    found = {title.strip("`"): text for title, text in sections(page("cli.md")).items()}
+    wanted = dict(commands())
+    assert list(found) == [name for name in found if name in wanted]
+    assert set(found) == set(wanted)
+    for name, command in wanted.items():
+        listed = {word for cells in table_rows(found[name]) for word in quoted(cells[0])}
+        assert listed == options(command), name
+        assert "```console\n" in found[name], f"{name} has no example"
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Choice):
+                assert set(parameter.type.choices) <= set(quoted(found[name])), f"{name}: {parameter.name}"
+    before = page("cli.md").partition("\n## ")[0]
+    assert {w for cells in table_rows(before) for w in quoted(cells[0])} == options(cli) | {"-h", "--help"}
+
+
+def test_every_service_is_documented() -> None:
+    text = sections(page("cli.md"))["`tapeline run`"]
+    assert {"redis", *registry.SERVICES} <= set(quoted(text))
+
+
+def test_commands_shown_exist() -> None:
+    known = dict(commands())
+    shown = 0
+    for path in PAGES:
+        for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), re.M | re.S):
+            for line in block.splitlines():
+                words = [w for w in shlex.split(line.removeprefix("$ ")) if not re.match(r"^[A-Z_]+=", w)]
+                if not words or words[0] != "tapeline":
+                    continue
+                if words[1] == "--config":
+                    del words[1:3]
+                name = next((n for n in (" ".join(words[:3]), " ".join(words[:2])) if n in known), None)
+                assert name, f"{path.name}: {line}"
+                used = {w.partition("=")[0] for w in words if w.startswith("--")}
+                if name != "tapeline run":  # its options are the service's
+                    assert used <= options(known[name]), f"{path.name}: {line}"
+                shown += 1
+    assert shown > 20
+
+
+def test_exit_codes_are_documented() -> None:
+    codes = {"0", "1", "2", str(EX_TEMPFAIL), str(errors.EX_CONFIG), "130"}
+    readme = sections((ROOT / "README.md").read_text())["Exit codes"]
+    assert codes == {cells[0] for cells in table_rows(readme)} - {"code"}
+
+
+def test_every_error_class_is_documented_with_its_exit_code() -> None:
+    listed: dict[str, str] = {}
+    for cells in table_rows(sections(page("operations.md"))["Errors"]):
+        listed |= dict.fromkeys(quoted(cells[0]), cells[1])
+    for name, kind in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(kind, errors.TapelineError):
+            assert name in listed
+            assert listed[name] in ("",) or str(kind.exit_code) in listed[name]
+
+
+def test_errors_that_are_listed_are_said_somewhere() -> None:
+    """The words that a user searches for are the program's."""
+    source = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text())
+        for folder in ("shared", "services")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    for cells in table_rows(sections(page("operations.md"))["Errors"].partition("What a user may meet")[2]):
+        for said in quoted(cells[0]) if len(cells) == 3 else []:
+            for part in filter(None, (piece.strip(" '") for piece in said.split("…"))):
+                assert part in source, part
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def default(section: str, name: str) -> Any:
+    return msgspec.to_builtins(getattr(getattr(Settings(), section), name))
+
+
+def same(given: Any, wanted: Any) -> bool:
+    return type(given) is type(wanted) and given == (list(wanted) if isinstance(wanted, tuple) else wanted)
+
+
+@pytest.mark.parametrize(("section", "name"), SETTINGS, ids=[".".join(s) for s in SETTINGS])
+def test_every_setting_is_documented_with_its_default(section: str, name: str) -> None:
+    row = next((r for r in table_rows(sections(page("settings.md"))[section]) if r[0] == f"`{section}.{name}`"), None)
+    assert row is not None
+    assert row[1] == f"`{env_name(f'{section}.{name}')}`"
+    wanted = default(section, name)
+    given = tomllib.loads(f"x = {row[2].strip('`')}")["x"]
+    assert same(given, list(wanted) if isinstance(wanted, tuple) else wanted)
+    assert row[3]
+
+
+def test_no_other_setting_is_documented() -> None:
+    rows = [r for s in SECTIONS for r in table_rows(sections(page("settings.md"))[s]) if r[0] != "setting"]
+    assert [r[0].strip("`") for r in rows] == [f"{s}.{n}" for s, n in SETTINGS]
+    aliases = {tuple(map(str.strip, (r[0].strip("`"), r[1].strip("`")))) for r in table_rows(page("settings.md"))}
+    assert set(ALIASES.items()) <= aliases
+
+
+def test_the_example_holds_every_setting_with_its_default_and_a_word_on_it() -> None:
+    path = ROOT / "tapeline.example.toml"
+    held = tomllib.loads(path.read_text())
+    assert [(s, n) for s in held for n in held[s]] == SETTINGS
+    for section, name in SETTINGS:
+        assert same(held[section][name], default(section, name)), f"{section}.{name}"
+    loaded = load(str(path), {})
+    assert all(getattr(loaded, section) == getattr(Settings(), section) for section in SECTIONS)
+    lines = path.read_text().splitlines()
+    for before, line in pairwise(lines):
+        if "=" in line and not line.startswith("#"):
+            assert before.startswith("# "), line
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_settings_shown_are_valid(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "shown.toml"
+    path.write_text(text)
+    load(str(path), {})
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def schema() -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    migrate(connection, "a test")
+    yield connection
+    connection.close()
+
+
+def test_every_column_is_documented_and_no_other(schema: sqlite3.Connection) -> None:
+    documented = {name: text for title, text in sections(page("tables.md")).items() for name in quoted(title)}
+    names = [n for (n,) in schema.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+    assert set(documented) == set(names)
+    for name in names:
+        listed = {r[0].strip("`"): r for r in table_rows(documented[name]) if r[0] != "column"}
+        columns = list(schema.execute('SELECT name, type, "notnull" OR pk FROM pragma_table_info(?)', (name,)))
+        assert list(listed) == [column for column, _, _ in columns], name
+        for column, kind, required in columns:
+            row = listed[column]
+            assert len(row) == 5, row
+            assert row[1] == kind or (not row[1] and name == "late_counts"), f"{name}.{column}"
+            assert (row[2] == "never") == bool(required), f"{name}.{column}"
+            assert row[2], f"{name}.{column}"
+
+
+@pytest.mark.parametrize("text", blocks("sql"))
+def test_queries_shown_run(text: str, schema: sqlite3.Connection) -> None:
+    for statement in text.split(";"):
+        if statement.strip():
+            schema.execute(statement).fetchall()
+
+
+# -- the bus -------------------------------------------------------------------------------------
+
+
+def key_names() -> set[str]:
+    keys, out = Keys(), set()
+    for name, member in inspect.getmembers(Keys):
+        if name.startswith("_") or name == "namespace":
+            continue
+        if isinstance(member, property):
+            out.add(getattr(keys, name))
+        elif inspect.isfunction(member):
+            parameters = list(inspect.signature(member).parameters)[1:]
+            out.add(member(keys, *("p" if p == "partition" else f"<{p}>" for p in parameters)))
+    return out
+
+
+def test_every_key_is_documented_and_no_other() -> None:
+    text = sections(page("streams.md"))["Keys"]
+    assert {r[0].strip("`") for r in table_rows(text) if r[0] != "key"} == key_names()
+    assert set(TOPICS) <= set(quoted(text))
+
+
+def test_every_frame_kind_and_field_is_documented() -> None:
+    text = page("streams.md")
+    frames = [r[0].strip("`") for r in table_rows(sections(text)["Frames"])]
+    tags = {kind.__struct_config__.tag: kind for kind in messages.Message.__subclasses__()}
+    assert {*PACKED, *map(str, tags)} <= set(frames)
+    flat = Frame("trade", 1, 0, 0, "feed", b"", names=[("ES", "ESZ6")]).fields(1)
+    assert {str(name) for name in flat[::2]} <= set(frames)
+    for tag, kind in tags.items():
+        row = next(r for r in table_rows(sections(text)["Frames"]) if r[0] == f"`{tag}`" and len(r) == 2)
+        assert list(kind.__struct_fields__) == [q for q in quoted(row[1]) if q != "?"]
+    for name, dtype in (("TICK", TICK), ("CANDLE", CANDLE), ("LATE", LATE)):
+        paragraph = next(p for p in text.split("\n\n") if p.startswith(f"`{name}`, {dtype.itemsize} bytes"))
+        assert set(dtype.names or ()) <= set(quoted(paragraph)), name
+
+
+def test_every_counter_is_documented() -> None:
+    listed = {r[0].strip("`") for r in table_rows(sections(page("streams.md"))["Counters of ingest"])}
+    counted = {
+        reason
+        for path in (ROOT / "services" / "ingest").glob("*.py")
+        for reason in re.findall(r'\.count\("(\w+)"', path.read_text())
+    }
+    assert listed - {"reason"} == {*REASONS, *counted, "usage_bytes"}
+    sink = set(quoted(sections(page("operations.md"))["Counters of the sink"]))
+    for name in ("sink.py", "sink_reader.py"):
+        assert set(re.findall(r'\.count\("(\w+)"', (ROOT / "shared" / name).read_text())) <= sink
+
+
+# -- the project ---------------------------------------------------------------------------------
+
+
+def test_make_targets_shown_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in [*PAGES, ROOT / ".ci" / "run"]:
+        shown = re.findall(r"(?:^|`|\$ )make (?:--[a-z-]+ )?([a-z]+)", path.read_text(), re.M)
+        assert set(shown) <= targets, path.name
+    assert {"demo", "test", "check", "bench"} <= targets
+
+
+def test_every_library_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = sections((ROOT / "README.md").read_text())["Libraries"]
+    listed = {name for cells in table_rows(readme) if cells[1] != "library" for name in quoted(cells[1])}
+    assert listed == {re.match(r"[\w-]+", needed)[0] for needed in project["dependencies"]}  # type: ignore[index]
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert project["license"] == "Apache-2.0"
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_named_files_exist(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"^[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        aim = (path.parent / file).resolve() if file else path
+        assert aim.exists(), target
+        assert not anchor or anchor in anchors(aim), target
+    for name in quoted(text):
+        if re.match(r"^(shared|services|tests|deploy|docs|benchmarks|\.ci)/[\w./*-]*$", name):
+            assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "README.md").read_text()
+    for path in DOCS.rglob("*.md"):
+        if path != DOCS / "README.md":
+            assert f"({path.relative_to(DOCS)})" in index, path.name
+
+
+def test_architecture_is_short_and_decisions_are_a_page() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 80
+    for path in (DOCS / "adr").glob("*.md"):
+        assert re.match(r"^\d{4}-[a-z0-9-]+\.md$", path.name)
+        assert len(path.read_text().splitlines()) <= 60, path.name
+
+
+def test_no_file_names_a_place_of_one_machine() -> None:
+    try:
+        listing = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no git checkout")
+    places = [f"/{name}/".encode() for name in ("work", "farm")]
+    for name in filter(None, listing.split("\0")):
+        file = ROOT / name
+        if file.is_file():
+            assert not any(place in file.read_bytes() for place in places), name
