@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-UV_VERSION := 0.12.0
+UV_VERSION := 0.13.8
 
 .PHONY: demo test check bench setup clean
 .DEFAULT_GOAL := help
@@ -11,8 +11,9 @@ help:
 	@grep -E '^# `|^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/; s/^# //'
 
 $(VENV)/.installed: pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tapeline needs Python 3.11 or newer; set PYTHON=python3.x")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q --disable-pip-version-check uv
+	@$(BIN)/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv sync -q --frozen --active --no-group dev --inexact
 	@$(BIN)/tapeline warm
 	@touch $@

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.frames import CANDLE, LATE, NS, PACKED, Frame, Rows
+from shared.frames import CANDLE, LATE, NS, PACKED, UNREADABLE, Frame, Rows, reason_of
 from shared.messages import Gap, decode
 
 # Columns of candles_1m and candles_1s, in the order of every store.
@@ -136,6 +136,8 @@ def batch_of(items: Sequence[Item]) -> Batch:
 
 def _decode(frame: Frame, source: Source, batch: Batch) -> str:
     """Add the frame to the batch, or say what is wrong with it."""
+    if frame.kind == UNREADABLE:
+        return reason_of(frame)
     if frame.kind not in PACKED:
         try:
             messages = decode(frame.body)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import msgspec
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
@@ -24,7 +25,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 
 from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
-from shared.frames import Frame, parse
+from shared.frames import Frame, parse, unreadable
 from shared.keys import Keys
 
 KEEP_ENTRIES = 16
@@ -226,7 +227,7 @@ class Bus:
         if not reply:
             return []
         entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
-        return [parse(entry_id, fields) for entry_id, fields in entries]
+        return [_sound(entry_id, fields) for entry_id, fields in entries]
 
     def xread(self, positions: dict[str, str], count: int, block_ms: int | None = None) -> Any:
         """The client's reply to XREAD of streams of one partition."""
@@ -328,6 +329,16 @@ class Bus:
                 keys=[k.stream(partition, topic), k.info(partition, topic), k.consumers(partition, topic)],
                 args=[self.limits.window_ms, self.limits.stream_max_bytes, KEEP_ENTRIES],
             ))  # fmt: skip
+
+
+def _sound(entry_id: bytes, fields: dict[bytes, bytes]) -> Frame:
+    """The frame of an entry; one of kind UNREADABLE for what somebody else wrote into a stream."""
+    try:
+        return parse(entry_id, fields)
+    except (KeyError, ValueError, msgspec.DecodeError) as error:
+        return unreadable(
+            f"entry {entry_id.decode()} is no frame ({error!r})", repr(fields).encode(), entry_id.decode()
+        )
 
 
 def worker_id(service: str) -> str:

@@ -44,6 +44,9 @@ def _print_status(found: Status) -> None:
     console.print(f"Redis {found.redis}, {found.partitions} partitions")
     for name, feed in found.feeds.items():
         console.print(f"feed {name}: {_feed(feed, found.now_ms)}")
+    for stage, counted in found.counters.items():
+        if counted:
+            console.print(f"{stage}: " + ", ".join(f"{name} {value:,}" for name, value in counted.items()))
     for w in found.workers:
         state = "alive" if w.alive else "[red]dead[/red]"
         parts = f", partitions {','.join(map(str, w.partitions))}" if w.partitions else ""

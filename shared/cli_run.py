@@ -35,7 +35,9 @@ def up(app: App) -> None:
     directory (TAPELINE_STATE_DIR).
     """
     from shared import supervise
+    from shared.stores_check import sqlite_path
 
+    sqlite_path(app.settings.tapeline.store)
     chosen = supervise.programs(app.settings)
     at = supervise.layout(app.settings)
     lock = supervise.claim(at)
@@ -74,6 +76,8 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     """
     from shared import log
 
+    if service != "redis" and service not in registry.SERVICES:
+        raise click.UsageError(f"no service '{service}'; there are: redis, {', '.join(registry.SERVICES)}")
     started = time.monotonic()
     supervised = _join_supervisor()
     try:

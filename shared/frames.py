@@ -91,6 +91,10 @@ LATE = np.dtype([("tick", TICK), ("name", "<i8"), ("watermark_ns", "<i8")])
 
 PACKED = {"trade": TICK, "candle_1m": CANDLE, "candle_1s": CANDLE, "late_trade": LATE}
 
+# A frame that cannot be read travels on as this kind (body: the reason, then the raw bytes), to the dead letters.
+UNREADABLE = "unreadable"
+REASON_BYTES = 200
+
 Rows = NDArray[Any]
 Row = Any  # one record of such an array (compiled code reads its fields as attributes)
 
@@ -150,6 +154,17 @@ def parse(entry_id: bytes, flat: dict[bytes, bytes]) -> Frame:
         names=_names.decode(names) if names else [],
         id=entry_id.decode(),
     )
+
+
+def unreadable(reason: str, raw: bytes, entry_id: str = "") -> Frame:
+    """What stands for an entry that is no sound frame; `reason_of` and the dead letters read it."""
+    text = reason.encode()[:REASON_BYTES].replace(b"\n", b" ")
+    return Frame(UNREADABLE, 1, 0, 0, "", text + b"\n" + raw, id=entry_id)
+
+
+def reason_of(frame: Frame) -> str:
+    """Why an UNREADABLE frame is one."""
+    return frame.body.partition(b"\n")[0].decode(errors="replace")
 
 
 def iso(ns: int) -> str:

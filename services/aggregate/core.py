@@ -148,6 +148,7 @@ class PartitionState(State):
             watched = clock.watermark_ns
         if watched is not None and watched > feed["watched_ns"]:
             mine = self.contracts["feed"] == f
+            self._unseen(f, watched)
             if feed["closed_sec"] == NONE:
                 feed["closed_sec"] = watched // NS
                 feed["watermark_ns"] = watched
@@ -165,6 +166,15 @@ class PartitionState(State):
         if clock.watermark_ns > feed["watermark_ns"]:
             self._advance(f, clock.watermark_ns, out)
         self._unwatched = bool((self.feeds["watched_ns"] == NONE).any())
+
+    def _unseen(self, f: int, watched_ns: int) -> None:
+        """Nobody watched before `watched_ns` (since the old watermark): a second cut by it is not complete."""
+        since = max(int(self.feeds[f]["watermark_ns"]), watched_ns // NS * NS)
+        if self.feeds[f]["closed_sec"] != NONE:
+            since = int(self.feeds[f]["watermark_ns"])
+        if since < watched_ns:
+            self.gaps = np.append(self.gaps, np.array([(f, NONE, since, watched_ns)], GAP))
+            self._table = None
 
     def _watch_from_first(self, ticks: Rows, out: Output) -> None:
         """A feed that never said since when it is watched: since its first record."""

@@ -228,7 +228,7 @@ class State:
             self._table = None
         fields = {
             "feeds": self.feeds.tobytes(), "roots": self.roots.tobytes(), "gaps": self.gaps.tobytes(),
-            "counters": self.counters.tobytes(),
+            "counters": msgspec.json.encode(dict(zip(COUNTERS, self.counters.tolist(), strict=True))),
         }  # fmt: skip
         if self._registry_dirty:
             fields["registry"] = msgspec.json.encode(self.registry)
@@ -263,7 +263,8 @@ class State:
         state.feeds = np.frombuffer(fields["feeds"], FEED).copy()
         state.roots = np.frombuffer(fields["roots"], ROOT).copy()
         state.gaps = np.frombuffer(fields["gaps"], GAP).copy()
-        state.counters = np.frombuffer(fields["counters"], np.int64).copy()
+        counted = msgspec.json.decode(fields["counters"], type=dict[str, int])
+        state.counters[:] = [counted.get(name, 0) for name in COUNTERS]
         n, k = len(registry.contracts), len(registry.roots)
         state.contracts = np.zeros(n, CONTRACT)
         state.minutes = np.zeros((n, MINUTES), MINUTE)
@@ -282,6 +283,7 @@ class State:
                 row, chunk = (int(part) for part in rest.split(":"))
                 target = state.ring if kind == "s" else state.closes
                 target[row, chunk * CHUNK : (chunk + 1) * CHUNK] = np.frombuffer(body, target.dtype)
+        state.roots["big_size"] = [config.big_trade.get(root, config.big_trade_default) for _, root in registry.roots]
         state._place_calendars()
         state._registry_dirty = state._all_contracts_dirty = False
         state._index()

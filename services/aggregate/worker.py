@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
-from services.aggregate.core import Output, PartitionState, warm
+from services.aggregate.core import JSON_KINDS, Output, PartitionState, warm
 from services.aggregate.state import Config
 from shared.calendar import calendar_of, sessions
 from shared.errors import ConfigError
-from shared.frames import Frame, Rows
-from shared.messages import encode
+from shared.frames import TICK, UNREADABLE, Frame, Rows, reason_of, unreadable
+from shared.messages import decode, encode
 from shared.settings import Settings
 from shared.stores import newest_cvd
 from shared.worker import StepResult, Worker, wait_for_bus
+
+log = logging.getLogger(__name__)
 
 FRAME_ROWS = 2000
 Seed = Callable[[str, int], float | None]
@@ -30,9 +34,35 @@ class AggregateCore:
         self._seed = seed
 
     def step(self, frames: list[Frame]) -> StepResult:
+        faults = [fault(frame) for frame in frames]
+        bad = [
+            unreadable(f"partition's ticks {frame.id}: {reason}", frame.body)
+            for frame, reason in zip(frames, faults, strict=True)
+            if reason
+        ]
+        if bad:
+            log.warning("%d frames on ticks cannot be read: dead letters (%s)", len(bad), next(filter(None, faults)))
+            frames = [frame for frame, reason in zip(frames, faults, strict=True) if not reason]
         seeds = {root: self._seed(root, before_ns) or 0.0 for root, before_ns in self._state.unseeded(frames)}
-        output = self._state.step(frames, seeds)
-        return StepResult(pack(output, time.time_ns()), self._state.changes())
+        outputs = pack(self._state.step(frames, seeds), time.time_ns())
+        if bad:
+            outputs.setdefault("candles", []).extend(bad)
+        return StepResult(outputs, self._state.changes())
+
+
+def fault(frame: Frame) -> str:
+    """What makes a frame of `ticks` unreadable; empty for a sound one."""
+    if frame.kind == UNREADABLE:
+        return reason_of(frame)
+    if frame.kind == "trade":
+        return "" if len(frame.body) % TICK.itemsize == 0 else f"{len(frame.body)} bytes are no whole tick rows"
+    if frame.kind not in JSON_KINDS:
+        return f"no stage reads frames of kind '{frame.kind}'"
+    try:
+        decode(frame.body)
+    except msgspec.DecodeError as error:
+        return f"a frame of kind '{frame.kind}' that is not JSON of messages ({error})"
+    return ""
 
 
 class AggregateStage:

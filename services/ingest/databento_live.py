@@ -56,6 +56,7 @@ class DatabentoLive:
         self._published = published
         self._start_ns = _parse_start(settings.start)
         self._watched_ns: int | None = None
+        self._history_failed = False  # in this outage: what it did not give once is given up
         self._host = settings.gateway or f"{settings.dataset.lower().replace('.', '-')}.lsg.databento.com"
 
     def run(self, out: Output, resume: Resume, stop: threading.Event) -> None:
@@ -87,12 +88,13 @@ class DatabentoLive:
             except ReplayTooOld as error:
                 feed.dropped(reason := str(error))
                 refused += 1
-                start = self._oldest(feed, refused)
+                start = self._oldest(feed, start, refused)
                 if refused <= 2:
                     continue
             except Dropped as error:
                 feed.dropped(reason := str(error))
             failures, refused = (0, 0) if feed.progress else (failures + 1, refused)
+            self._history_failed = self._history_failed and not feed.progress
             out.count("reconnect", 1)
             delay = min(self._settings.backoff_max_seconds, FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20))
             delay *= random.uniform(0.5, 1.0)
@@ -162,16 +164,19 @@ class DatabentoLive:
                 raise ConfigError(f"{where}: {text}; stop another client of this key") from None
             raise AuthError(f"{where} refused the API key: {text}; check DATABENTO_API_KEY") from None
 
-    def _oldest(self, feed: Feed, refused: int) -> int | None:
-        """The next start after the gateway called ours too old, and what becomes of the time before it."""
-        if refused > 1:
-            feed.lost("older than the gateway's replay")
+    def _oldest(self, feed: Feed, start: int | None, refused: int) -> int | None:
+        """The next start after the gateway called `start` too old, and what becomes of the time before it."""
+        reach = feed.heard_ns - int(self._settings.replay_hours * 3600 * NS)
+        if refused > 1 and (start is None or start >= reach):
+            feed.lost("older than the gateway's replay")  # which is shorter than we believe
             return None
-        oldest = feed.heard_ns - int(self._settings.replay_hours * 3600 * NS) + REPLAY_SLACK_NS
-        if self._history is not None and feed.resume_ns is not None:
+        # Refused again with a start that got too old while history was fetched: only a short stretch is missing.
+        oldest, since = reach + REPLAY_SLACK_NS, feed.resume_ns
+        if self._history is not None and not self._history_failed and since is not None and since < oldest:
             try:
-                feed.backfill(self._history(feed.resume_ns, oldest), oldest)
+                feed.backfill(self._history(since, oldest), oldest)
             except Unavailable as error:
+                self._history_failed = True
                 log.warning("%s: cannot backfill: %s", self.feed, error)
             else:
                 return oldest

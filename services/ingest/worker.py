@@ -11,7 +11,7 @@ from services.ingest.normalize import warm
 from services.ingest.publisher import PublisherOutput
 from services.ingest.source import Source
 from shared.bus import worker_id
-from shared.errors import BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
+from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.settings import Settings
 from shared.worker import wait_for_bus
 
@@ -48,14 +48,20 @@ def run_synthetic(settings: Settings, stop: threading.Event, args: tuple[str, ..
 
 
 def run_databento(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
-    """Follow the Databento live feed."""
+    """Follow the Databento live feed. Raises AuthError at once when there is no key."""
+    from services.ingest.databento_history import DatabentoHistory  # noqa: PLC0415
     from services.ingest.databento_live import DatabentoLive  # noqa: PLC0415
 
     _no_arguments("ingest-databento", args)
+    if not settings.databento.api_key.strip():
+        raise AuthError(
+            "there is no Databento API key: set DATABENTO_API_KEY, or databento.api_key in the settings file"
+        )
     name, partitions = "databento", settings.tapeline.partitions
+    history = DatabentoHistory(settings.databento, stop)
 
     def make(out: PublisherOutput) -> Source:
-        return DatabentoLive(settings.databento, partitions, feed=name, published=out.published)
+        return DatabentoLive(settings.databento, partitions, feed=name, history=history, published=out.published)
 
     serve(settings, stop, Feed(name, make, True, by_ordinal=False))
 

@@ -14,9 +14,11 @@ import msgspec
 import pytest
 
 from services.aggregate.worker import run as run_aggregate
+from services.ingest.synthetic import generate as generate_file
 from services.ingest.worker import run_databento, run_files
 from services.sink_sqlite.worker import run as run_sink
 from shared.bus import Bus
+from shared.instruments import partition_of
 from shared.keys import TOPICS
 from shared.settings import Settings, load
 from tests.e2e.test_replay import rows
@@ -71,6 +73,8 @@ def drained(bus: Bus, partitions: int = 4) -> bool:
     for p in range(partitions):
         for topic in TOPICS:
             positions = bus.call("hvals", bus.keys.consumers(p, topic))
+            if topic != "late" and not positions:
+                return False  # nobody has begun to read
             if any(position.decode() != bus.last_id(p, topic) for position in positions):
                 return False
     return True
@@ -168,3 +172,29 @@ def test_a_stretch_beyond_the_replay_window_is_a_gap(bus: Bus, real: Tape, tmp_p
     touched = {t for t, _ in table if t * NS > start and (t - 60) * NS < end}
     assert touched
     assert {t for t, complete in table if not complete} == touched
+
+
+def test_garbage_on_the_bus_is_a_dead_letter_and_the_rest_goes_on(bus: Bus, tmp_path: Path) -> None:
+    """Somebody's stray XADD, a torn body and an unknown kind: none stops a worker, all are on record."""
+    made = tmp_path / "tape.dbn"
+    generate_file(made, trades=3000, seed=2, roots=["ES"], rate=20.0)
+    settings = configured(bus, tmp_path / "g.db")
+    plain = {"count": 1, "first": "2026-01-01Z", "last": "2026-01-01Z", "src": "x", "seq": 1, "v": 1}
+    stray: list[dict[str, Any]] = [
+        {"hello": "world"},
+        {"kind": "trade", **plain, "body": "torn"},
+        {"kind": "rumour", **plain, "body": "[]"},
+    ]
+    partition = partition_of("ES", 4)
+    for fields in stray:
+        bus.call("xadd", bus.keys.stream(partition, "ticks"), fields)
+    with pipeline(settings, run_files, str(made)):
+        until(lambda: b'"ended"' in (bus.call("hget", bus.keys.feeds, "files") or b""), 30, "the end of the tape")
+        until(lambda: drained(bus), 30, "everything to be stored")
+        until(lambda: rows(tmp_path / "g.db")["candles_1m"], 10, "rows")
+    with sqlite3.connect(tmp_path / "g.db") as connection:
+        reasons = [r for (r,) in connection.execute("SELECT reason FROM dead_letters ORDER BY id")]
+    assert len(reasons) == 3
+    assert "is no frame" in reasons[0]
+    assert "no whole tick rows" in reasons[1]
+    assert "no stage reads frames of kind 'rumour'" in reasons[2]

@@ -114,7 +114,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         (("replay", "empty", "--store", "postgresql://u:pw@h/db"), 78, "no store that this version can write"),
         (("replay", "empty", "--store", "sqlite:///no/such/folder/x.db"), 78, "has no folder"),
         (("replay", "empty", "--store", "sqlite:///text"), 78, "is no SQLite database"),
-        (("run", "nonsense"), 1, "no service 'nonsense'"),
+        (("run", "nope"), 2, "no service 'nope'; there are: redis, ingest-databento"),
         (("status",), 78, "no `tapeline up` runs in"),
         (("tail", "candles"), 78, "no `tapeline up` runs in"),
         (("--config", "absent.toml", "config", "show"), 78, "cannot read the settings file absent.toml"),
@@ -132,6 +132,13 @@ def test_an_error_is_one_line_with_its_exit_code(args: tuple[str, ...], code: in
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("tapeline: ")
     assert says in lines[0]
+
+
+def test_a_missing_key_is_said_before_redis_is_waited_for(tmp_path: Path) -> None:
+    done = tapeline("run", "ingest-databento", cwd=tmp_path, REDIS_URL="redis://127.0.0.1:1/0")
+    assert done.returncode == 78
+    assert done.stderr.startswith("tapeline: there is no Databento API key: set DATABENTO_API_KEY")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_redis_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
