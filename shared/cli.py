@@ -1,6 +1,6 @@
 """The command line: `tapeline COMMAND`. One file per group of commands, heavy imports inside commands.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 75 a server did not answer (only `run`), 78 wrong
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 a server did not answer (only workers under `up`), 78 wrong
 settings, 130 interrupted. Errors are one line on stderr: `tapeline: what, where, what to do`.
 """
 

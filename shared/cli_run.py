@@ -88,7 +88,7 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     except Unavailable as error:
         click.echo(f"tapeline: {log.Masker(app.settings)(str(error))}", err=True)
         _pause(supervised)
-        sys.exit(EX_TEMPFAIL)
+        sys.exit(EX_TEMPFAIL if supervised else 1)  # our own supervisor starts 75 again
     except TapelineError as error:
         if supervised and error.exit_code in (1, EX_CONFIG):
             _settle(started)

@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -104,8 +104,7 @@ class DatabentoHistory:
     # -- requests ----------------------------------------------------------------------------
 
     def _cost(self, query: Mapping[str, Any]) -> float:
-        with self._vendor("tell the price"):
-            cost = self._client.metadata.get_cost(**query)
+        cost = self._ask("tell the price", lambda: self._client.metadata.get_cost(**query))
         if not isinstance(cost, int | float) or not math.isfinite(cost):
             raise Unavailable(f"{WHERE} does not tell the price: it says {one_line(repr(cost))}")
         return float(cost)
@@ -120,21 +119,26 @@ class DatabentoHistory:
         log.info("%s; fetching it", price)
 
     def _download(self, query: Mapping[str, Any], path: Path) -> None:
-        with self._vendor("send the stretch"):
-            store = self._client.timeseries.get_range(**query, path=path)
-            store.reader.close()
+        store = self._ask("send the stretch", lambda: self._client.timeseries.get_range(**query, path=path))
+        store.reader.close()
 
     def _raw_symbols(self, tape: Tape) -> Any:
         """The raw symbols behind the ids of a continuous request, whose header names only what was asked for."""
         intervals = [i for found in tape.metadata.mappings.values() for i in found if i["symbol"]]
         mappings: dict[str, list[dict[str, Any]]] = {}
         ids = sorted({i["symbol"] for i in intervals})
+        first = min((i["start_date"] for i in intervals), default=date.min)
+        last = max((i["end_date"] for i in intervals), default=date.max)
         for at in range(0, len(ids), SYMBOLS_A_REQUEST):
-            with self._vendor("resolve instrument ids"):
-                answer = self._client.symbology.resolve(
-                    self._settings.dataset, ids[at : at + SYMBOLS_A_REQUEST], "instrument_id", "raw_symbol",
-                    min(i["start_date"] for i in intervals), max(i["end_date"] for i in intervals),
-                )  # fmt: skip
+            asked = (
+                self._settings.dataset,
+                ids[at : at + SYMBOLS_A_REQUEST],
+                "instrument_id",
+                "raw_symbol",
+                first,
+                last,
+            )
+            answer = self._ask("resolve instrument ids", partial(self._client.symbology.resolve, *asked))
             try:
                 for native, found in answer["result"].items():
                     mappings[native] = [
@@ -165,18 +169,20 @@ class DatabentoHistory:
                 raise Unavailable(f"{WHERE} is not done within {self._whole_seconds:g} s")
         return future.result()
 
-    @contextmanager
-    def _vendor(self, what: str) -> Iterator[None]:
-        """The client's errors as ours."""
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        """Call the client; its errors as ours."""
+        failed: AuthError | Unavailable
         try:
-            yield
+            return call()
         except BentoHttpError as error:
             text = one_line(str(error), self._settings.api_key)
+            failed = Unavailable(f"{WHERE} does not {what}: {text}")
             if error.http_status == 401:
-                raise AuthError(f"{WHERE} refused the API key: {text}; check DATABENTO_API_KEY") from None
-            raise Unavailable(f"{WHERE} does not {what}: {text}") from None
+                failed = AuthError(f"{WHERE} refused the API key: {text}; check DATABENTO_API_KEY")
         except (BentoError, DBNError, ZstdError, OSError, ValueError) as error:  # those of `requests` are OSErrors
-            raise Unavailable(f"{WHERE} does not {what}: {one_line(str(error), self._settings.api_key)}") from None
+            failed = Unavailable(f"{WHERE} does not {what}: {one_line(str(error), self._settings.api_key)}")
+        # Raised here, or the client's error would live on as its context, and with it the file it left open.
+        raise failed
 
     # -- records -----------------------------------------------------------------------------
 

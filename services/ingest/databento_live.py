@@ -93,8 +93,8 @@ class DatabentoLive:
                     continue
             except Dropped as error:
                 feed.dropped(reason := str(error))
+                self._history_failed = self._history_failed and not feed.progress
             failures, refused = (0, 0) if feed.progress else (failures + 1, refused)
-            self._history_failed = self._history_failed and not feed.progress
             out.count("reconnect", 1)
             delay = min(self._settings.backoff_max_seconds, FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20))
             delay *= random.uniform(0.5, 1.0)
