@@ -46,11 +46,9 @@ def tape() -> Tape:
     return generate(seconds=300, per_second=10)
 
 
-def source(gateway: Gateway, history: History, limit: float = 1.0, **changes: Any) -> DatabentoLive:
-    given = settings(
-        gateway, replay_hours=REACH / NS / 3600, history_gateway=history.url, history_max_usd=limit, **changes
-    )
-    past = DatabentoHistory(given, threading.Event(), silence_seconds=0.3, whole_seconds=5.0)
+def source(gateway: Gateway, history: History, limit: float = 1.0, silence: float = 20.0) -> DatabentoLive:
+    given = settings(gateway, replay_hours=REACH / NS / 3600, history_gateway=history.url, history_max_usd=limit)
+    past = DatabentoHistory(given, threading.Event(), silence_seconds=silence)
     return DatabentoLive(given, PARTITIONS, history=past)
 
 
@@ -164,7 +162,7 @@ def test_a_failure_is_a_gap_and_one_line(
 ) -> None:
     with Gateway(tape, replay_ns=REACH) as gateway, History(tape) as history:
         history.fault(endpoint, kind)
-        with outage(gateway, source(gateway, history)) as out:
+        with outage(gateway, source(gateway, history, silence=0.3 if kind == "hang" else 20.0)) as out:
             gateway.finish()
             until(lambda: out.store.of(Gap))
         assert len(history.of(endpoint)) == 1, "not asked again and again"
