@@ -189,7 +189,9 @@ def test_a_state_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_worker_becomes_the_error(tmp_path: Path) -> None:
-    broken = Program("aggregate", ("no-such-service",), final=(0, 1, 78))
+    empty = tmp_path / "empty.dbn"
+    empty.touch()
+    broken = Program("ingest-files", ("ingest-files", str(empty)), final=(0, 1, 78))
     with Supervision(settings_in(tmp_path), [REDIS, broken], None) as supervision:
 
         def ended() -> WorkerError | None:
@@ -201,7 +203,7 @@ def test_an_error_of_a_worker_becomes_the_error(tmp_path: Path) -> None:
 
         error = until(ended, what="the worker's end")
     assert error.exit_code == 1
-    assert str(error).startswith("no service 'no-such-service'")
+    assert str(error).startswith(f"{empty} is empty")
 
 
 def test_a_redis_that_cannot_run_ends_the_supervisor(tmp_path: Path) -> None:
