@@ -23,7 +23,7 @@ from tests.fakes.tape import NS, generate
 WARM_SECONDS = 62
 
 
-def run(rates: tuple[int, ...] = (1_000, 10_000), seconds: int = 40) -> dict[str, Any]:
+def run(rates: tuple[int, ...] = (1_000, 10_000), seconds: int = 30) -> dict[str, Any]:
     """p50 and p99 in ms of each rate (trades/s)."""
     return {f"{rate} trades/s": measure(rate, seconds) for rate in rates}
 
