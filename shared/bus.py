@@ -227,7 +227,7 @@ class Bus:
         if not reply:
             return []
         entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
-        return [_sound(entry_id, fields) for entry_id, fields in entries]
+        return [sound(entry_id, fields) for entry_id, fields in entries]
 
     def xread(self, positions: dict[str, str], count: int, block_ms: int | None = None) -> Any:
         """The client's reply to XREAD of streams of one partition."""
@@ -331,7 +331,7 @@ class Bus:
             ))  # fmt: skip
 
 
-def _sound(entry_id: bytes, fields: dict[bytes, bytes]) -> Frame:
+def sound(entry_id: bytes, fields: dict[bytes, bytes]) -> Frame:
     """The frame of an entry; one of kind UNREADABLE for what somebody else wrote into a stream."""
     try:
         return parse(entry_id, fields)

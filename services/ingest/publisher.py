@@ -20,9 +20,9 @@ import numpy as np
 
 from services.ingest.source import Grouped, Resume
 from services.ingest.status import Status
-from shared.bus import Bus
+from shared.bus import Bus, sound
 from shared.errors import BusUnavailable
-from shared.frames import TICK, TRADE, Frame, Rows, parse
+from shared.frames import TICK, TRADE, Frame, Rows
 from shared.instruments import is_spread, partition_of
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
 from shared.settings import Ingest
@@ -231,7 +231,7 @@ class PublisherOutput:
         while True:
             page = self.bus.call("xrevrange", stream, max=edge, count=READ_BACK)
             for entry_id, fields in page:
-                frame = parse(entry_id, fields)
+                frame = sound(entry_id, fields)
                 if frame.source != self.feed or frame.kind != "trade":
                     continue
                 rows = frame.rows()

@@ -367,6 +367,7 @@ def test_published_reads_back_to_an_instant(bus: Bus) -> None:
     rows, parts, ordinals = tape(2000, 7)
     parts[:] = 1
     push(out, out.attach(), (rows, parts, ordinals), [])
+    bus.call("xadd", bus.keys.stream(1, "ticks"), {"hello": "somebody's stray entry"})
     for since in (0, int(rows["ts_event_ns"][1234]), T0 + NS):
         expected = rows[(rows["ts_event_ns"] >= since) & (rows["kind"] != CLOCK)]
         assert out.published(1, since).tobytes() == expected.tobytes()
