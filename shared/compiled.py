@@ -26,6 +26,7 @@ SOURCES = (
     "services.aggregate.layout",
     "services.aggregate.arena",
     "services.aggregate.rows",
+    "services.aggregate.front_month",
     "services.aggregate.kernel",
 )
 

@@ -10,11 +10,11 @@ No clock, no I/O, no allocation: time is what the rows say.
 from __future__ import annotations
 
 from services.aggregate.arena import WINDOW, Arrays, open_arrays
+from services.aggregate.front_month import add_minute, first_front, judge_front
 from services.aggregate.layout import (
     CHUNK,
     CORRECTED,
     LATE_ROWS,
-    MINUTES,
     NEVER,
     NONE,
     NOT_CANDLED,
@@ -63,69 +63,6 @@ def warm_at(sessions: Rows, low: int, high: int, start_sec: int, need: int) -> i
     return NEVER
 
 
-@jit
-def _minute_volume(minutes: Rows, contract: int, end_minute: int) -> float:
-    """Volume of the five whole minutes before `end_minute`."""
-    total = 0.0
-    for m in range(end_minute - 5, end_minute):
-        bucket = minutes[contract, m % MINUTES]
-        if bucket.minute == m:
-            total += bucket.volume
-    return total
-
-
-@jit
-def _add_minute(minutes: Rows, contract: int, sec: int, volume: float) -> None:
-    minute = sec // 60
-    bucket = minutes[contract, minute % MINUTES]
-    if bucket.minute < minute:
-        bucket.minute = minute
-        bucket.volume = volume
-    elif bucket.minute == minute:
-        bucket.volume += volume
-
-
-@jit
-def judge_front(x: Arrays, k: int, end_minute: int) -> None:
-    """At a minute boundary: the challenger needs strictly more volume; never to an earlier expiry.
-
-    The first judgement after a cold start is free to pick an earlier one.
-    """
-    root = x.roots[k]
-    best = root.front
-    volume = _minute_volume(x.minutes, best, end_minute) if best != NONE else 0.0
-    held = x.contracts[best].expiry_ns if best != NONE and root.judged else NONE
-    for c in range(len(x.contracts)):
-        contract = x.contracts[c]
-        if contract.root != k or c == root.front or contract.expiry_ns < held:
-            continue
-        v = _minute_volume(x.minutes, c, end_minute)
-        tie = v == volume and v > 0 and best != root.front
-        if v > volume or (tie and contract.expiry_ns < x.contracts[best].expiry_ns):
-            best = c
-            volume = v
-    if best != NONE and volume > 0:
-        root.front = best
-        root.judged = 1
-
-
-@jit
-def _first_front(x: Arrays, k: int, sec: int) -> int:
-    """Provisional front of a root that has none: most volume in its first traded second."""
-    mask = x.ring.shape[1] - 1
-    best = NONE
-    volume = 0.0
-    for c in range(len(x.contracts)):
-        s = x.ring[c, sec & mask]
-        if x.contracts[c].root != k or s.sec != sec:
-            continue
-        tie = best != NONE and s.volume == volume
-        if best == NONE or s.volume > volume or (tie and x.contracts[c].expiry_ns < x.contracts[best].expiry_ns):
-            best = c
-            volume = s.volume
-    return best
-
-
 @jit_inline
 def _count_cvd(x: Arrays, k: int, sec: int) -> None:
     """CVD takes the front contract's trades of second `sec`; a new session starts its own from 0."""
@@ -151,7 +88,7 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
     root = x.roots[k]
     end = sec + 1
     if root.front == NONE:
-        root.front = _first_front(x, k, sec)
+        root.front = first_front(x, k, sec)
     _count_cvd(x, k, sec)
     closed = x.closes[k, end & mask]
     closed.end_sec = end
@@ -175,7 +112,7 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
             if s.sec == sec:
                 s.revision = 0
                 x.ring_dirty[c, (sec & mask) // CHUNK] = 1
-                _add_minute(x.minutes, c, sec, s.volume)
+                add_minute(x.minutes, c, sec, s.volume)
                 if x.params[0].emit_1s:
                     emit_1s(x, f, c, closed)
         c = x.contracts[c].next
@@ -248,7 +185,7 @@ def _correct(x: Arrays, f: int, c: int, sec: int, signed: float, size: float) ->
     k = x.contracts[c].root
     root = x.roots[k]
     feed = x.feeds[f]
-    _add_minute(x.minutes, c, sec, size)
+    add_minute(x.minutes, c, sec, size)
     x.cache[k].contract = NONE
     then = x.closes[k, (sec + 1) & mask]
     counts = then.front == c and signed != 0.0
