@@ -39,7 +39,7 @@ class RedisSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fsync: str = "everysec"
     stream_max_bytes: int = 64 << 20
     window_seconds: int = 900
-    lease_seconds: float = 10.0
+    lease_seconds: float = 5.0
 
 
 class Databento(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
