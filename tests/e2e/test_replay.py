@@ -9,9 +9,11 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import databento
 import pytest
 
 from tests.e2e.test_up import environ
@@ -164,10 +166,36 @@ def test_garbage_is_one_line(tmp_path: Path, content: bytes) -> None:
     nothing_left(tmp_path)
 
 
-def test_real_trades(shared_data: Path, tmp_path: Path) -> None:
+def scan(file: Path) -> dict[str, tuple[float, ...]]:
+    """{minute's end: (open, high, low, close, volume, trades)} by a plain walk over a DBN file's records."""
+    minutes: dict[str, list[tuple[float, float]]] = {}
+    for record in databento.DBNStore.from_bytes(file.read_bytes()):
+        end = datetime.fromtimestamp((record.ts_event // 60_000_000_000 + 1) * 60, UTC)
+        minutes.setdefault(f"{end:%Y-%m-%dT%H:%M:%SZ}", []).append((record.price / 1e9, record.size))
+    return {
+        end: (
+            trades[0][0], max(p for p, _ in trades), min(p for p, _ in trades), trades[-1][0],
+            sum(s for _, s in trades), len(trades),
+        )
+        for end, trades in minutes.items()
+    }  # fmt: skip
+
+
+def test_real_trades_minute_by_minute(shared_data: Path, tmp_path: Path) -> None:
+    """Every calendar minute of a real hour is what a plain scan of the file gives; every row adds up."""
     file = shared_data / "databento" / "ESH4_tbbo_2023-12-25.dbn"
     found = replay(tmp_path, file, "es.db")
     assert found["trades"] == 2973
     with closing(sqlite3.connect(tmp_path / "es.db")) as connection:
-        (volume,) = connection.execute("SELECT sum(trades) FROM candles_1s").fetchone()
-    assert volume == 2973
+        minutes = connection.execute(
+            "SELECT time, open, high, low, close, volume, trades FROM candles_1m WHERE time LIKE '%:00Z'"
+        ).fetchall()
+        (odd,) = connection.execute(
+            "SELECT count(*) FROM candles_1m WHERE vd != cvd_close - cvd_open OR complete != 1 OR revision != 0"
+            " OR ask_volume + bid_volume + unknown_volume != volume"
+        ).fetchone()
+        (trades,) = connection.execute("SELECT sum(trades) FROM candles_1s").fetchone()
+    assert {row[0]: row[1:] for row in minutes} == scan(file)
+    assert len(minutes) == 60
+    assert odd == 0
+    assert trades == 2973
