@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -42,3 +43,8 @@ def echo_json(value: Any) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def terminated(signum: int, _: object) -> NoReturn:
+    """A SIGTERM handler that unwinds, so that what a command started is stopped."""
+    sys.exit(128 + signum)

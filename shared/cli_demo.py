@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import echo_json, json_option, terminated
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -33,7 +33,7 @@ def demo(app: App, as_json: bool) -> None:
     """
     from shared.demo import Demo, supervision
 
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     with supervision(app.settings, app.config) as running:
         if not as_json:
             click.echo(running.about)
@@ -48,10 +48,6 @@ def demo(app: App, as_json: bool) -> None:
         _print(summary, running, stays)
         if stays:
             _follow(running)
-
-
-def _terminated(signum: int, _: object) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import echo_json, json_option, terminated
 from shared.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def replay(
         origin = {**settings.origin, "tapeline.store": "--store"}
         settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
     check_store(settings.tapeline.store)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     plan = engine.Plan(
         sources=sources,
         state=Path(tempfile.mkdtemp(prefix="tapeline-replay-")),
@@ -92,10 +92,6 @@ def replay(
         echo_json(summary)
     else:
         _print_summary(summary, settings)
-
-
-def _terminated(signum: int, _: object) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 @contextmanager

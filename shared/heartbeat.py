@@ -12,7 +12,7 @@ from shared.bus import Bus
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """A worker's last sign of life. `progress_ms`: when it last moved anything."""
+    """A worker's last sign of life: `at_ms` by Redis's clock, and what it owns."""
 
     worker: str
     service: str

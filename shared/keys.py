@@ -55,10 +55,6 @@ class Keys:
         """Hash: the stage's committed state, a field per changed piece."""
         return self._p(partition, stage, "state")
 
-    def dead(self, partition: int) -> str:
-        """Stream of dead letters."""
-        return self._p(partition, "dead")
-
     @property
     def workers(self) -> str:
         """Hash: worker id -> JSON heartbeat."""

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shared.bus import Bus, Step, worker_id
+from shared.bus import Bus, Limits, Step, worker_id
 from shared.errors import BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.frames import Frame
 from shared.heartbeat import beat, leave, living
@@ -46,9 +46,8 @@ class Stage(Protocol):
 
     name: str
     topic: str
-    outputs: tuple[str, ...]
 
-    def open(self, partition: int, fields: dict[str, bytes]) -> Core: ...
+    def open(self, fields: dict[str, bytes]) -> Core: ...
 
 
 class Worker:
@@ -71,12 +70,12 @@ class Worker:
                     self._tend()
                 except BusUnavailable as error:
                     log.warning("%s; trying again", error)
-                if self._fatal is not None:
-                    raise self._fatal
                 # New workers and freed partitions are noticed within a second, leases well within their time.
                 self.stop.wait(max(0.05, min(1.0, self.ttl_ms / 3000) - (time.monotonic() - started)))
         finally:
             self._leave()
+        if self._fatal is not None:
+            raise self._fatal
 
     def _tend(self) -> None:
         beat(self.bus, self.id, self.stage.name, list(self._owned))
@@ -120,8 +119,6 @@ class Worker:
         except TapelineError as error:
             log.info("could not say goodbye: %s", error)
         self.bus.close()
-        if self._fatal is not None:
-            raise self._fatal
 
 
 class _Partition:
@@ -171,7 +168,7 @@ class _Partition:
         """Read, step, commit, until let go; every call starts from the committed state."""
         stage = self.worker.stage
         position, out_seq, fields = bus.load(self.number, stage.name, stage.topic)
-        core = stage.open(self.number, fields)
+        core = stage.open(fields)
         trimmed = time.monotonic()
         while not self._done():
             frames = bus.read(self.number, stage.topic, position, READ_FRAMES, bus.limits.block_ms)
@@ -214,8 +211,6 @@ def _number(outputs: dict[str, list[Frame]], out_seq: int) -> int:
 
 def wait_for_bus(settings: Settings, stop: threading.Event) -> Bus | None:
     """A Bus as the settings say, once Redis answers; None when stopped first."""
-    from shared.bus import Limits  # noqa: PLC0415
-
     limits = Limits(settings.redis.stream_max_bytes, settings.redis.window_seconds * 1000)
     wait, told = 0.05, False
     while not stop.is_set():

@@ -31,6 +31,7 @@ from services.aggregate.layout import (
     SUMMARY,
     ring_seconds,
 )  # fmt: skip
+from shared.errors import ConfigError
 from shared.frames import CANDLE, NS, Rows
 from shared.instruments import feed_id, is_spread
 from shared.messages import Instrument
@@ -248,16 +249,17 @@ class State:
     def restore(cls, config: Config, fields: dict[str, bytes]) -> Self:
         """State from its committed fields; an empty dict is a cold start.
 
-        Raises ValueError when `max_lateness_sec` differs from what the state was made with.
+        Raises ConfigError when `max_lateness_sec` differs from what the state was made with.
         """
         state = cls(config)
         if "registry" not in fields:
             return state
         registry = msgspec.json.decode(fields["registry"], type=Registry)
         if registry.version > STATE_VERSION or registry.lateness_sec != config.max_lateness_sec:
-            raise ValueError(
-                f"the bus holds aggregate state of version {registry.version} with max_lateness "
-                f"{registry.lateness_sec} s; this program has {STATE_VERSION} and {config.max_lateness_sec} s"
+            raise ConfigError(
+                f"the bus holds aggregate state of version {registry.version} with max_lateness_seconds "
+                f"{registry.lateness_sec}; this program has {STATE_VERSION} and {config.max_lateness_sec}: "
+                "put the setting back or use another namespace"
             )
         state.registry = registry
         state.feeds = np.frombuffer(fields["feeds"], FEED).copy()

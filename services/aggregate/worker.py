@@ -13,7 +13,6 @@ import numpy as np
 from services.aggregate.core import JSON_KINDS, Output, PartitionState, warm
 from services.aggregate.state import Config
 from shared.calendar import calendar_of, sessions
-from shared.errors import ConfigError
 from shared.frames import TICK, UNREADABLE, Frame, Rows, reason_of, unreadable
 from shared.messages import decode, encode
 from shared.settings import Settings
@@ -70,7 +69,6 @@ class AggregateStage:
 
     name = "aggregate"
     topic = "ticks"
-    outputs: tuple[str, ...] = ("candles", "late")
 
     def __init__(self, settings: Settings, seed: Seed | None = None) -> None:
         a = settings.aggregate
@@ -84,13 +82,9 @@ class AggregateStage:
         )
         self._seed: Seed = seed or (lambda root, before_ns: newest_cvd(settings.tapeline.store, root, before_ns))
 
-    def open(self, partition: int, fields: dict[str, bytes]) -> AggregateCore:
+    def open(self, fields: dict[str, bytes]) -> AggregateCore:
         """Raises ConfigError when the committed state was made with other settings."""
-        try:
-            return AggregateCore(PartitionState.restore(self._config, fields), self._seed)
-        except ValueError as error:
-            remedy = "put the setting back or use another namespace"
-            raise ConfigError(f"partition {partition}: {error}; {remedy}") from None
+        return AggregateCore(PartitionState.restore(self._config, fields), self._seed)
 
 
 def pack(output: Output, now_ns: int) -> dict[str, list[Frame]]:

@@ -374,8 +374,10 @@ class PublisherOutput:
             for part in self._parts:
                 if part.waiting and part.due <= now and self._failed is None:
                     self._flush(part)
-        except Exception:
-            # `_publish` has kept the error; the source's thread raises it at its next call.
+        except Exception as error:
+            # Whatever it is must not end with this thread: the source's thread raises it at its next call.
+            if self._failed is None:
+                self._failed = error
             log.debug("a flush of %s failed", self.feed, exc_info=True)
         if self._failed is not None or not any(part.waiting for part in self._parts):
             self._armed.clear()

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.test_replay import nothing_left, replay, rows
+from tests.e2e.test_replay import nothing_left, replay, rows, stored
 from tests.e2e.test_up import environ
 from tests.shared.test_cli import tapeline
 from tests.shared.test_supervise import below
@@ -74,14 +72,6 @@ def begin(cwd: Path, tape: Path, speed: str, workers: int) -> subprocess.Popen[s
     ]  # fmt: skip
     env = environ(cwd, TMPDIR=str(cwd), TAPELINE_REDIS_LEASE_SECONDS="1")
     return subprocess.Popen(line, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def stored(db: Path) -> int:
-    try:
-        with closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
-            return int(connection.execute("SELECT count(*) FROM candles_1s").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
 
 
 def test_an_aggregator_killed_ten_times(tape: Path, calm: dict[str, list[tuple[Any, ...]]], tmp_path: Path) -> None:

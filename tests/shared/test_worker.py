@@ -34,12 +34,11 @@ class Counting:
 
 class Stage:
     name, topic = "aggregate", "ticks"
-    outputs: tuple[str, ...] = ("candles",)
 
     def __init__(self, fail: BaseException | None = None) -> None:
         self._fail = fail
 
-    def open(self, partition: int, fields: dict[str, bytes]) -> Counting:
+    def open(self, fields: dict[str, bytes]) -> Counting:
         return Counting(fields, self._fail)
 
 
