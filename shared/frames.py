@@ -22,12 +22,24 @@ VERSION = 1
 NS = 1_000_000_000
 
 BUY, NO_SIDE, SELL = 1, 0, -1
-TRADE, CLOCK = 0, 1
+TRADE, CLOCK, BOOK, TICKER, LIQUIDATION, OPTION = range(6)
+ROW_KINDS = ("trade", "clock", "book", "ticker", "liquidation", "option_summary")
+MAX_PARTS = 64
 
-# One row of a `trade` frame. `side` is the aggressor as the feed gives it (1 buy, -1 sell, 0 none);
-# bid/ask are the best quotes just before the trade. A row of kind CLOCK carries the feed's id in
-# `instrument` and its watermark in `ts_event_ns`: time travels between the trades, so windows close
-# at the same place of the tape however it is cut into frames.
+# One row of a `trade` or `tick` frame: all that a feed says, in its order, so that rows do not depend on how
+# the tape is cut into frames. `kind` is one of ROW_KINDS; a record of several rows counts them in `part`
+# (0 first), stands in one frame, and has `ts_event_ns`, `ts_recv_ns` and `instrument` on each. Undefined is NaN.
+#   TRADE        `side` is the aggressor as the feed gives it (1 buy, -1 sell, 0 none); bid/ask are the best
+#                quotes just before the trade where the feed has them; `sequence` the venue's, or of the trade's id.
+#   CLOCK        `instrument` is the feed's id and `ts_event_ns` its watermark: time travels between the trades.
+#   BOOK         part 0: bid/ask the best level, `size` the depth (1: a quote), `price` the imbalance of the best
+#                five levels; part n: bid/ask of level n + 1.
+#   TICKER       `price` last, `size` open interest, `bid_px` mark price, `ask_px` index price, `bid_sz` funding
+#                rate, `ask_sz` predicted funding rate, `sequence` the next funding's time in seconds (0 none).
+#   LIQUIDATION  `side` 1: a short was liquidated (bought back), -1: a long.
+#   OPTION       part 0: bid/ask the quotes, `price` last, `size` open interest; part 1: `price` mark, `size` the
+#                underlying's price, `bid_px` bid IV, `ask_px` ask IV, `bid_sz` mark IV, `ask_sz` delta;
+#                part 2: `price` gamma, `size` vega, `bid_px` theta, `ask_px` rho. IV is in percent.
 TICK = np.dtype(
     [
         ("ts_event_ns", "<i8"),
@@ -43,7 +55,7 @@ TICK = np.dtype(
         ("kind", "u1"),
         ("side", "i1"),
         ("flags", "u1"),
-        ("pad", "u1"),
+        ("part", "u1"),
     ]
 )
 
@@ -86,10 +98,43 @@ CANDLE = np.dtype(
     ]
 )
 
+# What a fixed candle says beside its trades: the newest value before its end, as known when it closed.
+# Liquidated volumes are of the candle itself.
+STATE_COLUMNS = (
+    "bid_price", "bid_size", "ask_price", "ask_size", "book_imbalance_5",
+    "mark_price", "index_price", "open_interest", "funding_rate",
+    "liquidated_long_volume", "liquidated_short_volume",
+)  # fmt: skip
+# Features of 15s and 1m candles, see docs/concepts.md; NaN until warm.
+FEATURE_COLUMNS = (
+    "sma_5", "sma_10", "sma_20", "ema_5", "ema_10", "ema_20", "wma_5", "momentum_3", "momentum_5",
+    "velocity", "acceleration", "volume_sma_5", "volume_ema_5", "volume_ratio", "vwap_deviation",
+    "volatility_5", "volatility_10", "high_low_ratio", "log_return", "trade_intensity", "avg_trade_size",
+    "price_impact", "spread_proxy", "order_flow_imbalance", "kyle_lambda", "vpin",
+    "rsi_5", "bollinger_position", "macd", "macd_signal", "macd_hist",
+)  # fmt: skip
+
+# One row of a `candle` frame: a fixed candle. `time_ns` is its start, `timeframe_sec` its length; `name` indexes
+# the frame's `names`, here (exchange, symbol or continuous ticker) pairs.
+FIXED = np.dtype(
+    [
+        ("time_ns", "<i8"), ("timeframe_sec", "<i8"), ("name", "<i8"),
+        ("open", "<f8"), ("high", "<f8"), ("low", "<f8"), ("close", "<f8"), ("volume", "<f8"), ("trades", "<i8"),
+        ("vwap", "<f8"), ("ask_volume", "<f8"), ("bid_volume", "<f8"), ("unknown_volume", "<f8"), ("vd", "<f8"),
+        ("cvd_open", "<f8"), ("cvd_high", "<f8"), ("cvd_low", "<f8"), ("cvd_close", "<f8"), ("quoted_spread", "<f8"),
+        *((name, "<f8") for name in STATE_COLUMNS),
+        *((name, "<f8") for name in FEATURE_COLUMNS),
+        ("complete", "<i8"), ("revision", "<i8"), ("timestamp_out_ns", "<i8"),
+    ]
+)  # fmt: skip
+
 # One row of a `late_trade` frame: a trade that came too late to change any row.
 LATE = np.dtype([("tick", TICK), ("name", "<i8"), ("watermark_ns", "<i8")])
 
-PACKED = {"trade": TICK, "candle_1m": CANDLE, "candle_1s": CANDLE, "late_trade": LATE}
+PACKED = {
+    "trade": TICK, "tick": TICK, "candle_1m": CANDLE, "candle_1s": CANDLE, "candle": FIXED, "late_trade": LATE,
+}  # fmt: skip
+TICK_FRAMES = frozenset({"trade", "tick"})
 
 # A frame that cannot be read travels on as this kind (body: the reason, then the raw bytes), to the dead letters.
 UNREADABLE = "unreadable"
@@ -101,7 +146,10 @@ Row = Any  # one record of such an array (compiled code reads its fields as attr
 
 @dataclass(slots=True)
 class Frame:
-    """One entry of a stream. `names` only for packed kinds that index it."""
+    """One entry of a stream. `names` only for packed kinds that index it.
+
+    `of` tells what a `tick` frame's records are (`trade 12 book 3`).
+    """
 
     kind: str
     count: int
@@ -112,6 +160,7 @@ class Frame:
     seq: int = 0
     names: list[tuple[str, str]] = field(default_factory=list)
     id: str = ""
+    of: str = ""
 
     def fields(self, seq: int) -> list[bytes | str | int]:
         """Flat list of field, value … as XADD takes it, with this sequence."""
@@ -119,6 +168,8 @@ class Frame:
             "kind", self.kind, "count", self.count, "first", iso(self.first_ns),
             "last", iso(self.last_ns), "src", self.source, "seq", seq, "v", VERSION,
         ]  # fmt: skip
+        if self.of:
+            out += ["of", self.of]
         if self.names:
             out += ["names", msgspec.json.encode(self.names)]
         out += ["body", self.body]
@@ -153,7 +204,22 @@ def parse(entry_id: bytes, flat: dict[bytes, bytes]) -> Frame:
         seq=int(flat[b"seq"]),
         names=_names.decode(names) if names else [],
         id=entry_id.decode(),
+        of=flat.get(b"of", b"").decode(),
     )
+
+
+def tick_frame(rows: Rows, source: str) -> Frame:
+    """Frame of TICK rows: `trade` with the number of trades, or `tick` with the number of records."""
+    times = rows["ts_event_ns"]
+    first, last = int(times[0]), int(times[-1])
+    clocks = int(np.count_nonzero(rows["kind"] == CLOCK))
+    trades = int(np.count_nonzero(rows["kind"] == TRADE))
+    if trades + clocks == len(rows):
+        return Frame("trade", trades, first, last, source, rows.tobytes())
+    counts = np.bincount(rows["kind"][rows["part"] == 0], minlength=len(ROW_KINDS))
+    counts[CLOCK] = 0
+    of = " ".join(f"{name} {n}" for name, n in zip(ROW_KINDS, counts.tolist(), strict=True) if n)
+    return Frame("tick", int(counts.sum()), first, last, source, rows.tobytes(), of=of)
 
 
 def unreadable(reason: str, raw: bytes, entry_id: str = "") -> Frame:

@@ -29,9 +29,14 @@ def partition_of(root: str, partitions: int) -> int:
     return crc32(root.encode()) % partitions
 
 
-def is_spread(symbol: str, kind: str | None = None) -> bool:
-    """Spreads and user-defined instruments: never candled."""
-    return (kind in SPREAD_CLASSES if kind else False) or "-" in symbol or symbol.startswith("UD:")
+def is_spread(symbol: str, kind: str | None = None, root: str = "") -> bool:
+    """Spreads and user-defined instruments: never candled.
+
+    Crypto roots name their exchange (`deribit:BTC`), and crypto symbols may hold a dash.
+    """
+    if kind in SPREAD_CLASSES:
+        return True
+    return ":" not in root and ("-" in symbol or symbol.startswith("UD:"))
 
 
 def parse_outright(symbol: str, on_ns: int) -> tuple[str, int] | None:

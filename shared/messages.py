@@ -18,9 +18,10 @@ class Instrument(Message, frozen=True, tag="instrument"):
     """A definition or symbol mapping; published before the first record that uses it.
 
     `id` is `shared.instruments.instrument_id(venue, symbol)`. `kind` is Databento's
-    `instrument_class` letter: F future, C call, P put, K stock, S/T/M spreads.
-    `expiration_ns` orders contracts of a root; without a definition it is estimated from the
-    symbol's month code (`estimated = True`).
+    `instrument_class` letter: F future (a perpetual has no expiration), C call, P put, K stock or
+    spot, S/T/M spreads. `expiration_ns` orders contracts of a root; without a definition it is
+    estimated from the symbol's month code (`estimated = True`). `ticker` is the continuous ticker
+    that it competes for, its root if None; crypto symbols are each their own (`binance:BTCUSDT`).
     """
 
     id: int
@@ -36,13 +37,15 @@ class Instrument(Message, frozen=True, tag="instrument"):
     multiplier: float | None = None
     tick_size: float | None = None
     defined_ns: int | None = None
+    ticker: str | None = None
 
 
 class Clock(Message, frozen=True, tag="clock"):
     """The feed's time stands at `watermark_ns`: no trade older than it is expected.
 
     `watched_from_ns` is set when a feed begins to be watched (connect, start of a file): warm-up
-    counts from there. `final` says that the tape ends here.
+    counts from there. `final` says that the tape ends here. `grace_ns`, given with `watched_from_ns`:
+    how far behind the newest event time of the feed's rows its watermark stays.
     """
 
     feed: str
@@ -50,6 +53,7 @@ class Clock(Message, frozen=True, tag="clock"):
     wall_ns: int | None = None
     watched_from_ns: int | None = None
     final: bool = False
+    grace_ns: int = 0
 
 
 class Gap(Message, frozen=True, tag="gap"):
@@ -66,11 +70,17 @@ class Gap(Message, frozen=True, tag="gap"):
 
 
 class Disconnect(Message, frozen=True, tag="disconnect"):
-    """The feed dropped at `at_ns`; it may resume without loss."""
+    """The feed dropped at `at_ns`; it may resume without loss.
+
+    With `since_ns` it cannot: what lies behind that event time is suspect (of `symbols`, or of all)
+    until a Gap with the same `start_ns` and symbols tells where the tape goes on.
+    """
 
     feed: str
     at_ns: int
     reason: str
+    since_ns: int | None = None
+    symbols: tuple[str, ...] = ()
 
 
 AnyMessage = Instrument | Clock | Gap | Disconnect

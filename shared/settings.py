@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from shared.errors import ConfigError
+from shared.timeframes import seconds_of
 
 
 class Tapeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +71,23 @@ class Synthetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     speed: float = 1.0
 
 
+class Tardis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Crypto through the vendor's tardis-machine server at `host`:`port`, `symbols` as exchange:symbol."""
+
+    api_key: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8001
+    symbols: tuple[str, ...] = ("binance-futures:BTCUSDT",)
+    data_types: tuple[str, ...] = (
+        "trade", "quote", "book_snapshot_5_1s", "derivative_ticker", "liquidation", "option_summary",
+    )  # fmt: skip
+    grace_ms: int = 500
+    silence_seconds: float = 30.0
+    backoff_max_seconds: float = 30.0
+    datasets_url: str = "https://datasets.tardis.dev"
+    download_dir: str = ""
+
+
 class Ingest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How ticks are packed into frames."""
 
@@ -78,9 +96,11 @@ class Ingest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Aggregate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Rolling candles."""
+    """Rolling and fixed candles. `empty_bars`: `skip` them, or `carry` the close on inside market hours."""
 
     workers: int = 1
+    timeframes: tuple[str, ...] = ("15s", "1m", "5m", "15m", "1h", "4h", "1d")
+    empty_bars: str = "skip"
     candles_1s: bool = True
     max_lateness_seconds: int = 120
     quiet_reset_seconds: int = 300
@@ -90,8 +110,9 @@ class Aggregate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Batches close by rows or age, whichever is first."""
+    """Batches close by rows or age, whichever is first. `modes`: `candles`, `ticks` (the raw records), or both."""
 
+    modes: tuple[str, ...] = ("candles",)
     batch_rows: int = 5000
     batch_ms: int = 250
 
@@ -103,6 +124,7 @@ class Settings:
     tapeline: Tapeline = Tapeline()
     redis: RedisSettings = RedisSettings()
     databento: Databento = Databento()
+    tardis: Tardis = Tardis()
     synthetic: Synthetic = Synthetic()
     ingest: Ingest = Ingest()
     aggregate: Aggregate = Aggregate()
@@ -120,10 +142,12 @@ ALIASES = {
     "DATABENTO_DATASET": "databento.dataset",
     "DATABENTO_SYMBOLS": "databento.symbols",
     "DATABENTO_STYPE": "databento.stype",
+    "TARDIS_API_KEY": "tardis.api_key",
+    "TAPELINE_TIMEFRAMES": "aggregate.timeframes",
 }
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 STYPES = ("parent", "raw_symbol", "continuous")
-SECRETS = frozenset({"databento.api_key"})
+SECRETS = frozenset({"databento.api_key", "tardis.api_key"})
 # Read by other parts of the program, not settings.
 NOT_SETTINGS = frozenset({"TAPELINE_CONFIG", "TAPELINE_SUPERVISOR_PID"})
 
@@ -228,6 +252,13 @@ def _check(s: Settings) -> None:
         (0 <= s.ingest.linger_ms <= 1000, "ingest.linger_ms", "between 0 and 1000"),
         (1 <= s.aggregate.workers <= 64, "aggregate.workers", "between 1 and 64"),
         (0 <= s.aggregate.max_lateness_seconds <= 3600, "aggregate.max_lateness_seconds", "between 0 and 3600"),
+        (bool(s.aggregate.timeframes) and all(map(seconds_of, s.aggregate.timeframes)), "aggregate.timeframes",
+         "a list of Ns, Nm, Nh, Nd (each up to 30d) or 1w, such as 15s,1m,1h"),
+        (s.aggregate.empty_bars in ("skip", "carry"), "aggregate.empty_bars", "skip or carry"),
+        (1 <= s.tardis.port <= 65535, "tardis.port", "between 1 and 65535"),
+        (0 <= s.tardis.grace_ms <= 60_000, "tardis.grace_ms", "between 0 and 60000"),
+        (s.tardis.silence_seconds >= 1, "tardis.silence_seconds", "at least 1"),
+        (bool(s.sink.modes) and set(s.sink.modes) <= {"candles", "ticks"}, "sink.modes", "candles, ticks or both"),
         (s.aggregate.quiet_reset_seconds >= 60, "aggregate.quiet_reset_seconds", "at least 60"),
         (s.sink.batch_rows >= 1, "sink.batch_rows", "at least 1"),
         (s.sink.batch_ms >= 1, "sink.batch_ms", "at least 1"),

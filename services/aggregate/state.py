@@ -294,4 +294,4 @@ class State:
 
 def candled(instrument: Instrument) -> bool:
     """Futures and single-name instruments; options and spreads have no rolling candles."""
-    return instrument.kind in CANDLED and not is_spread(instrument.symbol, instrument.kind)
+    return instrument.kind in CANDLED and not is_spread(instrument.symbol, instrument.kind, instrument.root)

@@ -196,7 +196,7 @@ def _scatter(
                     o.kind = CLOCK
                     o.side = 0
                     o.flags = 0
-                    o.pad = 0
+                    o.part = 0
                     ordinals[offsets[p]] = first_ordinal + i
                     offsets[p] += 1
         if part < 0:
@@ -216,7 +216,7 @@ def _scatter(
         # Databento's side is the aggressor: B (66) buys, A (65) sells.
         o.side = 1 if r.side == 66 else (-1 if r.side == 65 else 0)
         o.flags = r.flags
-        o.pad = 0
+        o.part = 0
         ordinals[offsets[part]] = first_ordinal + i
         offsets[part] += 1
 

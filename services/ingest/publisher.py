@@ -22,7 +22,7 @@ from services.ingest.source import Grouped, Resume
 from services.ingest.status import Status
 from shared.bus import Bus, sound
 from shared.errors import BusUnavailable
-from shared.frames import TICK, TRADE, Frame, Rows
+from shared.frames import TICK, TICK_FRAMES, TRADE, Frame, Rows, tick_frame
 from shared.instruments import is_spread, partition_of
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
 from shared.settings import Ingest
@@ -138,7 +138,11 @@ class PublisherOutput:
 
     def _is_home(self, partition: int) -> bool:
         held = self.bus.call("hvals", self.bus.keys.instruments(partition))
-        return any(msgspec.json.decode(body, type=Instrument).feed == self.feed for body in held)
+        return any(self._mine(msgspec.json.decode(body, type=Instrument).feed) for body in held)
+
+    def _mine(self, feed: str) -> bool:
+        """A producer of several feeds names them `<producer>:<feed>`."""
+        return feed == self.feed or feed.startswith(f"{self.feed}:")
 
     def close(self) -> None:
         """End the helper thread and say the last word; publishes nothing (call `flush` before)."""
@@ -154,7 +158,7 @@ class PublisherOutput:
         """See Output. Spreads are left out; what this process has published unchanged is not repeated."""
         groups: dict[int, list[Instrument]] = {}
         for message in messages:
-            if is_spread(message.symbol, message.kind):
+            if is_spread(message.symbol, message.kind, message.root):
                 continue
             p = partition_of(message.root, self.partitions)
             if self._parts[p].announced.get(message.id) != message:
@@ -232,7 +236,7 @@ class PublisherOutput:
             page = self.bus.call("xrevrange", stream, max=edge, count=READ_BACK)
             for entry_id, fields in page:
                 frame = sound(entry_id, fields)
-                if frame.source != self.feed or frame.kind != "trade":
+                if frame.source != self.feed or frame.kind not in TICK_FRAMES:
                     continue
                 rows = frame.rows()
                 fresh = rows["ts_event_ns"] >= since_ns
@@ -250,25 +254,27 @@ class PublisherOutput:
         """Rows behind what waits: full frames go out, the rest waits (until it is due, live)."""
         if not len(part.buffer):
             part.buffer = np.empty(self._records, TICK)
-        at = 0
+        at, done = 0, part.waiting_last + 1
         frames: list[Frame] = []
         if part.waiting:
-            at = min(self._records - part.waiting, len(rows))
+            at = _cut(rows, 0, self._records - part.waiting)
             part.buffer[part.waiting : part.waiting + at] = rows[:at]
             part.waiting += at
-            part.waiting_last = int(ordinals[at - 1])
-            if part.waiting == self._records:
-                frames.append(self._frame(part.buffer))
-                part.waiting = 0
+            if at:
+                part.waiting_last = int(ordinals[at - 1])
+            if at < len(rows) or part.waiting == self._records:
+                frames.append(self._frame(part.buffer[: part.waiting]))
+                part.waiting, done = 0, part.waiting_last + 1
         a_call = min(CALL_FRAMES, max(1, CALL_BYTES // (self._records * TICK.itemsize)))
         while len(rows) - at >= self._records:
-            frames.append(self._frame(rows[at : at + self._records]))
-            at += self._records
+            end = _cut(rows, at, self._records) or _record_end(rows, at)
+            frames.append(self._frame(rows[at:end]))
+            at, done = end, int(ordinals[end - 1]) + 1
             if len(frames) >= a_call:
-                self._publish(part, frames, self._cursor(part, cursor, int(ordinals[at - 1]) + 1))
+                self._publish(part, frames, self._cursor(part, cursor, done))
                 frames = []
         if frames:
-            self._publish(part, frames, self._cursor(part, cursor, int(ordinals[at - 1]) + 1))
+            self._publish(part, frames, self._cursor(part, cursor, done))
         if at < len(rows):
             part.waiting = len(rows) - at
             part.buffer[: part.waiting] = rows[at:]
@@ -294,9 +300,7 @@ class PublisherOutput:
         return msgspec.json.encode(Held(self.tape, msgspec.Raw(cursor or b"null"), done))
 
     def _frame(self, rows: Rows) -> Frame:
-        trades = len(rows) - int(np.count_nonzero(rows["kind"]))
-        times = rows["ts_event_ns"]
-        return Frame("trade", trades, int(times[0]), int(times[-1]), self.feed, rows.tobytes())
+        return tick_frame(rows, self.feed)
 
     def _message(self, part: _Partition, kind: str, count: int, at_ns: int, body: bytes) -> None:
         """A JSON frame; the cursor stays where it is."""
@@ -325,7 +329,7 @@ class PublisherOutput:
         part.cursor = cursor
         part.last_ns = max(part.last_ns, frames[-1].last_ns)
         part.free_at = time.monotonic() + self._linger
-        if frames[-1].kind == "trade":
+        if frames[-1].kind in TICK_FRAMES:
             self.status.published(sum(f.count for f in frames), part.last_ns)
 
     def _patiently(self, call: Callable[[], object], partition: int | None = None) -> bool:
@@ -381,3 +385,19 @@ class PublisherOutput:
             log.debug("a flush of %s failed", self.feed, exc_info=True)
         if self._failed is not None or not any(part.waiting for part in self._parts):
             self._armed.clear()
+
+
+def _cut(rows: Rows, at: int, most: int) -> int:
+    """The end of at most `most` rows from `at` on, with no record torn; 0 when not even one record fits."""
+    end = min(at + most, len(rows))
+    while at < end < len(rows) and rows["part"][end]:
+        end -= 1
+    return end if end > at else 0
+
+
+def _record_end(rows: Rows, at: int) -> int:
+    """The end of the record at `at`."""
+    end = at + 1
+    while end < len(rows) and rows["part"][end]:
+        end += 1
+    return end

@@ -15,7 +15,13 @@ local at, id = 10, ''
 for _ = 1, frames do
   local n = tonumber(ARGV[at])
   id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, at + n))
-  redis.call('HINCRBY', KEYS[3], 'kind:' .. ARGV[at + 2], ARGV[at + 4])
+  if ARGV[at + 15] == 'of' then
+    for kind, count in string.gmatch(ARGV[at + 16], '(%S+) (%d+)') do
+      redis.call('HINCRBY', KEYS[3], 'kind:' .. kind, count)
+    end
+  else
+    redis.call('HINCRBY', KEYS[3], 'kind:' .. ARGV[at + 2], ARGV[at + 4])
+  end
   at = at + n + 1
 end
 redis.call('HSET', KEYS[2], pid .. ':seq', first + frames - 1, pid .. ':cursor', ARGV[9])
