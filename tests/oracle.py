@@ -57,6 +57,7 @@ class Oracle:
     watermark: int = -1
     closed: int = -1
     watched: int = -1
+    first_watched: int = -1
     front: dict[str, str | None] = field(default_factory=dict)
     judged: set[str] = field(default_factory=set)
     front_of: dict[tuple[str, int], str | None] = field(default_factory=dict)  # (root, end second)
@@ -87,6 +88,7 @@ class Oracle:
         self.gaps.append(Gap(since // NS * NS if self.closed < 0 else self.watermark, since))
         if self.closed < 0:
             self.closed, self.watermark = since // NS, since
+            self.first_watched = since
         else:
             for c in self.contracts:
                 self.warm[c] = 1 << 60

@@ -14,10 +14,13 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from services.aggregate.layout import (
+    BAR,
     CACHE,
     CHUNK,
     CLOSED,
     CONTRACT,
+    ENTITY,
+    FEATURE_STATE,
     FEED,
     GAP,
     MINUTE,
@@ -25,19 +28,23 @@ from services.aggregate.layout import (
     PARAMS,
     ROOT,
     SUMMARY,
+    TIMEFRAME,
 )  # fmt: skip
 from shared.compiled import jit
-from shared.frames import CANDLE, Rows
+from shared.frames import CANDLE, FIXED, Rows
 
 WINDOW = 60
 
 
 class Arrays(NamedTuple):
-    """C contracts, K roots, R ring seconds (a power of two); see `layout` for the dtypes."""
+    """C contracts, G of them with rings, K roots, R ring seconds (a power of two), E entities, S slots.
+
+    F timeframes have features. See `layout` for the dtypes.
+    """
 
     feeds: Rows  # FEED
     contracts: Rows  # CONTRACT (C)
-    ring: Rows  # SUMMARY (C, R): second s of a contract is in column s mod R
+    ring: Rows  # SUMMARY (G, R): second s is in column s mod R
     minutes: Rows  # MINUTE (C, MINUTES)
     roots: Rows  # ROOT (K)
     closes: Rows  # CLOSED (K, R): the window ending at second s is in column s mod R
@@ -49,12 +56,23 @@ class Arrays(NamedTuple):
     out_1m: Rows  # CANDLE
     out_1s: Rows  # CANDLE
     counters: Rows  # int64, see layout.COUNTERS
-    ring_dirty: Rows  # int8 (C, R / CHUNK)
+    ring_dirty: Rows  # int8 (G, R / CHUNK)
     close_dirty: Rows  # int8 (K, R / CHUNK)
     cache: Rows  # CACHE (K)
     suffix: Rows  # SUMMARY (K, WINDOW)
     prefix: Rows  # SUMMARY (K)
     scratch: Rows  # SUMMARY (2)
+    timeframes: Rows  # TIMEFRAME
+    entities: Rows  # ENTITY (E)
+    bars: Rows  # BAR (E, S): slot i of a timeframe is in column `at` + i
+    features: Rows  # float64 (E, F, 2, FEATURE_STATE): behind the newest candle; behind those that may change
+    out_fixed: Rows  # FIXED
+    row: Rows  # FIXED (1): a row that is not emitted
+    features_now: Rows  # float64 (1, FEATURE_STATE)
+    contract_dirty: Rows  # int8 (C)
+    entity_dirty: Rows  # int8 (E)
+    bar_dirty: Rows  # int8 (E, S)
+    feature_dirty: Rows  # int8 (E, F)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -66,18 +84,19 @@ def _pointer(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
 
 
 def table_of(arrays: Arrays) -> Rows:
-    """The address table of these arrays, and the ring's size behind it: shape (41,), int64."""
+    """The address table of these arrays, and R, S and F behind it: int64."""
     for name, array in zip(Arrays._fields, arrays, strict=True):
         if not (array.flags.c_contiguous and array.flags.writeable):
             raise ValueError(f"{name} must be writeable and contiguous")
     pairs = [(a.ctypes.data, a.shape[0]) for a in arrays]
-    return np.array([number for pair in pairs for number in pair] + [arrays.ring.shape[1]], np.int64)
+    sizes = [arrays.ring.shape[1], arrays.bars.shape[1], arrays.features.shape[1]]
+    return np.array([number for pair in pairs for number in pair] + sizes, np.int64)
 
 
 @jit
 def open_arrays(t: Rows) -> Arrays:
     """The arrays behind an address table (compiled code only)."""
-    r = t[40]
+    r, s, f = t[62], t[63], t[64]
     return Arrays(
         carray(_pointer(t[0]), (t[1],), FEED),
         carray(_pointer(t[2]), (t[3],), CONTRACT),
@@ -99,4 +118,15 @@ def open_arrays(t: Rows) -> Arrays:
         carray(_pointer(t[34]), (t[35], WINDOW), SUMMARY),
         carray(_pointer(t[36]), (t[37],), SUMMARY),
         carray(_pointer(t[38]), (t[39],), SUMMARY),
+        carray(_pointer(t[40]), (t[41],), TIMEFRAME),
+        carray(_pointer(t[42]), (t[43],), ENTITY),
+        carray(_pointer(t[44]), (t[45], s), BAR),
+        carray(_pointer(t[46]), (t[47], f, 2, FEATURE_STATE), np.float64),
+        carray(_pointer(t[48]), (t[49],), FIXED),
+        carray(_pointer(t[50]), (t[51],), FIXED),
+        carray(_pointer(t[52]), (t[53], FEATURE_STATE), np.float64),
+        carray(_pointer(t[54]), (t[55],), np.int8),
+        carray(_pointer(t[56]), (t[57],), np.int8),
+        carray(_pointer(t[58]), (t[59], s), np.int8),
+        carray(_pointer(t[60]), (t[61], f), np.int8),
     )

@@ -20,25 +20,34 @@ from services.aggregate.layout import (
     NONE,
     ROWS_1M,
     ROWS_1S,
+    ROWS_FIXED,
+    WANTED,
 )  # fmt: skip
 from services.aggregate.rows import whole
-from services.aggregate.state import Config, State, candled
-from shared.frames import LATE, NS, TICK, Frame, Rows
+from services.aggregate.state import Config, State, candled, ticker_of
+from shared.frames import LATE, NS, TICK, TICK_FRAMES, Frame, Rows
 from shared.messages import AnyMessage, Clock, Disconnect, Gap, Instrument, decode, encode
 
 JOIN_BELOW = 16_384  # bytes a frame
+OPEN_NS = 1 << 62  # the end of a gap that is still open
 JSON_KINDS = frozenset({"instrument", "clock", "gap", "disconnect"})
 
 
 @dataclass(slots=True)
 class Output:
-    """What a step produced. `names[i]` is the (ticker, symbol) of row value `name == i`."""
+    """What a step produced.
+
+    `names[i]` is the (ticker, symbol) of row value `name == i`; of `fixed` rows `fixed_names[i]`, an
+    (exchange, symbol or ticker).
+    """
 
     candles_1m: list[Rows] = field(default_factory=list)
     candles_1s: list[Rows] = field(default_factory=list)
+    fixed: list[Rows] = field(default_factory=list)
     late: list[Rows] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     names: list[tuple[str, str]] = field(default_factory=list)
+    fixed_names: list[tuple[str, str]] = field(default_factory=list)
 
 
 class PartitionState(State):
@@ -52,7 +61,7 @@ class PartitionState(State):
         seeds = seeds or {}
         bodies: list[bytes] = []
         for frame in frames:
-            if frame.kind == "trade":
+            if frame.kind in TICK_FRAMES:
                 bodies.append(frame.body)
             elif frame.kind in JSON_KINDS:
                 self._ticks(bodies, out)
@@ -66,8 +75,18 @@ class PartitionState(State):
             while not kernel.flush(self._bind(), f):
                 self._drain(out)
         self._drain(out)
-        out.names = [(i.root, i.symbol) for i in self.registry.contracts]
+        out.names = [(ticker_of(i), i.symbol) for i in self.registry.contracts]
+        if out.fixed:
+            out.fixed_names = [self._name(int(c), int(k)) for c, k in zip(
+                self.entities["contract"], self.entities["root"], strict=True
+            )]  # fmt: skip
         return out
+
+    def _name(self, contract: int, root: int) -> tuple[str, str]:
+        if root != NONE:
+            return self.registry.roots[root]
+        instrument = self.registry.contracts[contract]
+        return instrument.venue, instrument.symbol
 
     def unseeded(self, frames: list[Frame]) -> list[tuple[str, int]]:
         """(root, instant in ns) of roots that begin to be watched in these frames without a CVD to go on from."""
@@ -80,8 +99,8 @@ class PartitionState(State):
         for frame in frames:
             if frame.kind in ("instrument", "clock"):
                 for m in decode(frame.body):
-                    if isinstance(m, Instrument) and not known.get(m.root) and candled(m):
-                        new[m.root] = m.feed
+                    if isinstance(m, Instrument) and not known.get(ticker_of(m)) and candled(m):
+                        new[ticker_of(m)] = m.feed
                     elif isinstance(m, Clock) and m.watched_from_ns is not None and watched.get(m.feed, NONE) == NONE:
                         watched[m.feed] = m.watched_from_ns
         return [(root, watched[feed]) for root, feed in new.items() if watched.get(feed, NONE) != NONE]
@@ -103,7 +122,10 @@ class PartitionState(State):
             at = kernel.run(ticks, at, self._bind(), self._late)
             if self.counters[LATE_ROWS]:
                 self._drain_late(ticks, out)
-            if at < len(ticks):
+            if self.counters[WANTED]:
+                self._add_entity(int(self.counters[WANTED]) - 1, NONE)
+                self.counters[WANTED] = 0
+            elif at < len(ticks):
                 self._drain(out)
 
     def _advance(self, f: int, watermark_ns: int, out: Output) -> None:
@@ -112,7 +134,11 @@ class PartitionState(State):
         self.feeds[f]["watermark_ns"] = max(watermark_ns, int(self.feeds[f]["watermark_ns"]))
 
     def _drain(self, out: Output) -> None:
-        for which, rows, into in ((ROWS_1M, self._out_1m, out.candles_1m), (ROWS_1S, self._out_1s, out.candles_1s)):
+        for which, rows, into in (
+            (ROWS_1M, self._out_1m, out.candles_1m),
+            (ROWS_1S, self._out_1s, out.candles_1s),
+            (ROWS_FIXED, self._out_fixed, out.fixed),
+        ):
             n = int(self.counters[which])
             if n:
                 into.append(rows[:n].copy())
@@ -137,8 +163,10 @@ class PartitionState(State):
                 self._clock(message, seeds, out)
             case Gap():
                 self._gap(message, out)
-            case Disconnect():
+            case Disconnect(since_ns=None):
                 pass  # the watermark stands still by itself; what was lost comes as a Gap
+            case Disconnect():
+                self._suspect(message)
 
     def _clock(self, clock: Clock, seeds: dict[str, float], out: Output) -> None:
         f = self._feed(clock.feed)
@@ -157,6 +185,7 @@ class PartitionState(State):
                 self.contracts["warm_sec"][mine] = NEVER
                 self._advance(f, watched, out)
             feed["watched_ns"] = watched
+            feed["grace_ns"] = clock.grace_ns
             for c in np.flatnonzero(mine):
                 self._warm(int(c))
             self._all_contracts_dirty = True
@@ -169,9 +198,9 @@ class PartitionState(State):
 
     def _unseen(self, f: int, watched_ns: int) -> None:
         """Nobody watched before `watched_ns` (since the old watermark): a second cut by it is not complete."""
-        since = max(int(self.feeds[f]["watermark_ns"]), watched_ns // NS * NS)
-        if self.feeds[f]["closed_sec"] != NONE:
-            since = int(self.feeds[f]["watermark_ns"])
+        since = int(self.feeds[f]["watermark_ns"])
+        if self.feeds[f]["closed_sec"] == NONE:
+            since = watched_ns // NS * NS - int(self.timeframes["seconds"].max()) * NS
         if since < watched_ns:
             self.gaps = np.append(self.gaps, np.array([(f, NONE, since, watched_ns)], GAP))
             self._table = None
@@ -188,49 +217,72 @@ class PartitionState(State):
     def _gap(self, gap: Gap, out: Output) -> None:
         out.gaps.append(gap)
         f = self._feed(gap.feed)
-        wanted: list[int] = [NONE]
-        if gap.symbols:
-            wanted = [
-                c for c, i in enumerate(self.registry.contracts) if i.symbol in gap.symbols and i.feed == gap.feed
-            ]
-        for c in wanted:
+        for c in self._contracts_of(gap.feed, gap.symbols):
+            opened = (self.gaps["feed"] == f) & (self.gaps["contract"] == c) & (self.gaps["start_ns"] == gap.start_ns)
+            gaps = self.gaps[~(opened & (self.gaps["end_ns"] == OPEN_NS))]
             row = np.array([(f, c, gap.start_ns, gap.end_ns)], GAP)
-            if not (self.gaps == row[0]).any():
-                self._revise_for_gap(f, c, gap)
-                self.gaps = np.append(self.gaps, row)
-                self._table = None
+            if not (gaps == row[0]).any():
+                gaps = np.append(gaps, row)
+            self._revise_for_gaps(f, gaps, gap.start_ns)
 
-    def _revise_for_gap(self, f: int, only: int, gap: Gap) -> None:
-        """Rows already emitted that the gap touches come again with complete = 0."""
-        feed, mask = self.feeds[f], self.size - 1
-        last = int(feed["closed_sec"])
-        first = max(last - self.size + WINDOW + 2, gap.start_ns // NS + 1)
-        for end in range(first, min(last, gap.end_ns // NS + WINDOW + 1) + 1):
+    def _suspect(self, message: Disconnect) -> None:
+        """From here on nothing is complete, until the Gap with the same start says where the tape goes on."""
+        f = self._feed(message.feed)
+        for c in self._contracts_of(message.feed, message.symbols):
+            row = np.array([(f, c, message.since_ns, OPEN_NS)], GAP)
+            if not (self.gaps == row[0]).any():
+                self._revise_for_gaps(f, np.append(self.gaps, row), int(row["start_ns"][0]))
+
+    def _contracts_of(self, feed: str, symbols: tuple[str, ...]) -> list[int]:
+        """Contracts by symbol; NONE, which stands for all, without symbols."""
+        if not symbols:
+            return [NONE]
+        return [c for c, i in enumerate(self.registry.contracts) if i.symbol in symbols and i.feed == feed]
+
+    def _revise_for_gaps(self, f: int, gaps: Rows, start_ns: int) -> None:
+        """Other gaps (which differ from `start_ns` on): rows already emitted that are complete no more, or again."""
+        before, self.gaps, self._table = self.gaps, gaps, None
+        mask = self.size - 1
+        last = int(self.feeds[f]["closed_sec"])
+
+        def differs(contract: int, start: int, end: int) -> bool:
+            was, now = (whole(g, f, contract, start * NS, end * NS) for g in (before, gaps))
+            return bool(was != now)
+
+        for end in range(max(last - self.size + WINDOW + 2, start_ns // NS + 1), last + 1):
             for k in np.flatnonzero(self.roots["feed"] == f):
                 closed = self.closes[k, end & mask]
-                touched = end * NS > gap.start_ns and (end - WINDOW) * NS < gap.end_ns
-                front = int(closed["front"])
                 if closed["end_sec"] != end:
                     continue
-                if touched and closed["revision"] != NONE and only in (NONE, front) and whole(
-                    self.gaps, f, front, (end - WINDOW) * NS, end * NS
-                ):  # fmt: skip
+                if closed["revision"] != NONE and differs(int(closed["front"]), end - WINDOW, end):
                     closed["revision"] += 1
                     closed["dirty"] = 1
-                    self._close_dirty[k, (end & mask) // CHUNK] = 1
+                    self._growing["close_dirty"].rows[k, (end & mask) // CHUNK] = 1
                     self._dirty_from(f, end)
-                sec = end - 1
-                if not (end * NS > gap.start_ns and sec * NS < gap.end_ns):
-                    continue
-                for c in np.flatnonzero(self.contracts["root"] == k):
-                    s = self.ring[c, sec & mask]
-                    if s["sec"] == sec and s["revision"] != NONE and only in (NONE, c) and whole(
-                        self.gaps, f, int(c), sec * NS, end * NS
-                    ):  # fmt: skip
+                c = int(self.roots[k]["head"])
+                while c != NONE:
+                    ring = int(self.contracts[c]["ring"])
+                    s = self.ring[ring, (end - 1) & mask]
+                    if s["sec"] == end - 1 and s["revision"] != NONE and differs(c, end - 1, end):
                         s["revision"] += 1
                         s["dirty"] = 1
-                        self._ring_dirty[c, (sec & mask) // CHUNK] = 1
+                        self._growing["ring_dirty"].rows[ring, ((end - 1) & mask) // CHUNK] = 1
                         self._dirty_from(f, end)
+                    c = int(self.contracts[c]["next"])
+        for tf in self.timeframes:
+            slots = slice(int(tf["at"]), int(tf["at"] + tf["slots"]))
+            bars = self.bars[:, slots]
+            closed_bars = (bars["revision"] != NONE) & ((bars["sec"] + tf["seconds"]) * NS > start_ns)
+            closed_bars &= (self.entities["feed"] == f)[:, None]
+            for e, j in np.argwhere(closed_bars):
+                b = bars[e, j]
+                if differs(int(b["front"]), int(b["sec"]), int(b["sec"] + tf["seconds"])):
+                    b["revision"] += 1
+                    b["dirty"] = 1
+                    self.entities[e]["dirty"] = 1
+                    self._growing["entity_dirty"].rows[e] = 1
+                    self._growing["bar_dirty"].rows[e, slots.start + j] = 1
+                    self._dirty_from(f, last)
 
     def _dirty_from(self, f: int, end: int) -> None:
         held = int(self.feeds[f]["dirty_from_sec"])

@@ -47,7 +47,7 @@ def judge_front(x: Arrays, k: int, end_minute: int) -> None:
     held = x.contracts[best].expiry_ns if best != NONE and root.judged else NONE
     for c in range(len(x.contracts)):
         contract = x.contracts[c]
-        if contract.root != k or c == root.front or contract.expiry_ns < held:
+        if contract.root != k or contract.ring == NONE or c == root.front or contract.expiry_ns < held:
             continue
         v = _minute_volume(x.minutes, c, end_minute)
         tie = v == volume and v > 0 and best != root.front
@@ -66,8 +66,10 @@ def first_front(x: Arrays, k: int, sec: int) -> int:
     best = NONE
     volume = 0.0
     for c in range(len(x.contracts)):
-        s = x.ring[c, sec & mask]
-        if x.contracts[c].root != k or s.sec != sec:
+        if x.contracts[c].root != k or x.contracts[c].ring == NONE:
+            continue
+        s = x.ring[x.contracts[c].ring, sec & mask]
+        if s.sec != sec:
             continue
         tie = best != NONE and s.volume == volume
         if best == NONE or s.volume > volume or (tie and x.contracts[c].expiry_ns < x.contracts[best].expiry_ns):

@@ -1,4 +1,4 @@
-"""The compiled kernel: tick rows in, candle rows out, all of semantics §2 in one pass.
+"""The compiled kernel: tick rows in, rolling and fixed candles out, in one pass.
 
 Every trade lands in the one-second summary of its contract, whether its second is open, or closed
 and then corrected. When the feed's watermark passes a whole second, that second closes: CVD moves
@@ -9,58 +9,40 @@ No clock, no I/O, no allocation: time is what the rows say.
 
 from __future__ import annotations
 
+import numpy as np
+
 from services.aggregate.arena import WINDOW, Arrays, open_arrays
+from services.aggregate.bars import (
+    claim,
+    close_bars,
+    correct_bars,
+    flush_bars,
+    start_of,
+    take_liquidation,
+    take_quote,
+    take_ticker,
+)
 from services.aggregate.front_month import add_minute, first_front, judge_front
 from services.aggregate.layout import (
     CHUNK,
     CORRECTED,
     LATE_ROWS,
-    NEVER,
+    LATE_STATE,
     NONE,
     NOT_CANDLED,
     OUTSIDE,
     ROWS_1M,
     ROWS_1S,
+    ROWS_FIXED,
     TRADES,
     UNKNOWN,
+    WANTED,
 )  # fmt: skip
 from services.aggregate.rows import clear, emit_1m, emit_1s
+from services.aggregate.sessions import session_at, warm_at
 from shared.compiled import jit, jit_inline
-from shared.frames import CLOCK, NS, Row, Rows
+from shared.frames import BOOK, CLOCK, LIQUIDATION, NS, TICKER, TRADE, Row, Rows
 from shared.sides import lee_ready
-
-
-@jit
-def session_at(sessions: Rows, low: int, high: int, ts: int) -> int:
-    """Index of the session of [low, high) that `ts` is in, or NONE."""
-    first, end = low, high
-    while low < high:
-        middle = (low + high) // 2
-        if sessions[middle, 0] <= ts:
-            low = middle + 1
-        else:
-            high = middle
-    at = low - 1
-    return at if first <= at < end and ts < sessions[at, 1] else NONE
-
-
-@jit
-def warm_at(sessions: Rows, low: int, high: int, start_sec: int, need: int) -> int:
-    """The second at which `need` whole seconds of market time have been watched since `start_sec`."""
-    end = high
-    while low < high:
-        middle = (low + high) // 2
-        if sessions[middle, 1] <= start_sec * NS:
-            low = middle + 1
-        else:
-            high = middle
-    for i in range(low, end):
-        begin = max(start_sec, sessions[i, 0] // NS)
-        here = sessions[i, 1] // NS - begin
-        if need <= here:
-            return int(begin + need)
-        need -= here
-    return NEVER
 
 
 @jit_inline
@@ -75,7 +57,7 @@ def _count_cvd(x: Arrays, k: int, sec: int) -> None:
             root.session_cvd = 0.0
     if root.front == NONE:
         return
-    s = x.ring[root.front, sec & (x.ring.shape[1] - 1)]
+    s = x.ring[x.contracts[root.front].ring, sec & (x.ring.shape[1] - 1)]
     if s.sec == sec:
         root.cvd += s.delta
         root.session_cvd += s.delta
@@ -108,10 +90,11 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
     c = root.head
     while c != NONE:
         if x.contracts[c].last_sec >= sec:
-            s = x.ring[c, sec & mask]
+            ring = x.contracts[c].ring
+            s = x.ring[ring, sec & mask]
             if s.sec == sec:
                 s.revision = 0
-                x.ring_dirty[c, (sec & mask) // CHUNK] = 1
+                x.ring_dirty[ring, (sec & mask) // CHUNK] = 1
                 add_minute(x.minutes, c, sec, s.volume)
                 if x.params[0].emit_1s:
                     emit_1s(x, f, c, closed)
@@ -124,8 +107,9 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
 def _room(x: Arrays) -> bool:
     """Is there room for the rows of one closing second?"""
     fits_1m = x.counters[ROWS_1M] + len(x.roots) <= len(x.out_1m)
-    fits_1s = x.counters[ROWS_1S] + len(x.contracts) <= len(x.out_1s)
-    return bool(fits_1m and fits_1s)
+    fits_1s = x.counters[ROWS_1S] + len(x.ring) <= len(x.out_1s)
+    fits_fixed = x.counters[ROWS_FIXED] + len(x.entities) * len(x.timeframes) <= len(x.out_fixed)
+    return bool(fits_1m and fits_1s and fits_fixed)
 
 
 @jit
@@ -146,12 +130,17 @@ def _flush(x: Arrays, f: int) -> bool:
             if closed.dirty:
                 closed.dirty = 0
                 emit_1m(x, f, k, closed, True)
-            for c in range(len(x.contracts)):
-                s = x.ring[c, (end - 1) & mask]
-                if x.contracts[c].root == k and s.sec == end - 1 and s.dirty:
+            c = x.roots[k].head
+            while c != NONE:
+                s = x.ring[x.contracts[c].ring, (end - 1) & mask]
+                if s.sec == end - 1 and s.dirty:
                     s.dirty = 0
                     if x.params[0].emit_1s:
                         emit_1s(x, f, c, closed)
+                c = x.contracts[c].next
+    feed.dirty_from_sec = feed.closed_sec + 1  # these are done, should the output be full
+    if not flush_bars(x, f):
+        return False
     feed.dirty_from_sec = NONE
     return True
 
@@ -160,21 +149,26 @@ def _flush(x: Arrays, f: int) -> bool:
 def _advance(x: Arrays, f: int, to_sec: int) -> bool:
     feed = x.feeds[f]
     size = x.ring.shape[1]
-    quiet = feed.last_sec + 360  # behind it nothing can be emitted or judged any more
+    base = x.timeframes[0].seconds
+    quiet = feed.last_sec + 360  # behind it no second can be emitted or judged any more
     while feed.closed_sec < to_sec:
         if not _room(x):
             return False
-        # Corrections wait (for more late trades) only while their summaries are still in the ring.
-        if feed.dirty_from_sec != NONE and feed.closed_sec - feed.dirty_from_sec >= size - 96:
+        # Corrections wait (for more late trades) until the next candle closes: its features build on them.
+        end = feed.closed_sec + 1
+        if feed.dirty_from_sec != NONE and end % base == 0:
             if not _flush(x, f):
                 return False
             continue
         if feed.closed_sec > quiet and to_sec - feed.closed_sec > size and feed.dirty_from_sec == NONE:
-            feed.closed_sec = to_sec - size
-        for k in range(len(x.roots)):
-            if x.roots[k].feed == f:
-                close_second(x, f, k, feed.closed_sec)
-        feed.closed_sec += 1
+            end = min((feed.closed_sec // base + 1) * base, to_sec - size)
+        else:
+            for k in range(len(x.roots)):
+                if x.roots[k].feed == f:
+                    close_second(x, f, k, feed.closed_sec)
+        feed.closed_sec = end
+        if end % base == 0:
+            close_bars(x, f, end)
     return True
 
 
@@ -190,7 +184,7 @@ def _correct(x: Arrays, f: int, c: int, sec: int, signed: float, size: float) ->
     then = x.closes[k, (sec + 1) & mask]
     counts = then.front == c and signed != 0.0
     session = then.session_ns
-    s = x.ring[c, sec & mask]
+    s = x.ring[x.contracts[c].ring, sec & mask]
     s.revision += 1
     s.dirty = 1
     for end in range(sec + 1, feed.closed_sec + 1):
@@ -200,11 +194,12 @@ def _correct(x: Arrays, f: int, c: int, sec: int, signed: float, size: float) ->
             closed.cvd += signed
             if closed.session_ns == session:
                 closed.session_cvd += signed
-            front = x.ring[closed.front, (end - 1) & mask]
+            ring = x.contracts[closed.front].ring
+            front = x.ring[ring, (end - 1) & mask]
             if end > sec + 1 and front.sec == end - 1 and front.revision != NONE:
                 front.revision += 1
                 front.dirty = 1
-                x.ring_dirty[closed.front, ((end - 1) & mask) // CHUNK] = 1
+                x.ring_dirty[ring, ((end - 1) & mask) // CHUNK] = 1
         if (holds and end >= x.contracts[c].warm_sec) or (closed.revision != NONE and (holds or counts)):
             closed.revision += 1
             closed.dirty = 1
@@ -214,6 +209,12 @@ def _correct(x: Arrays, f: int, c: int, sec: int, signed: float, size: float) ->
         root.cvd += signed
         if root.counted_open_ns == session:
             root.session_cvd += signed
+    _dirty(feed, sec)
+
+
+@jit_inline
+def _dirty(feed: Row, sec: int) -> None:
+    """Rows of the second `sec` or later have to be emitted again."""
     if feed.dirty_from_sec == NONE or sec + 1 < feed.dirty_from_sec:
         feed.dirty_from_sec = sec + 1
 
@@ -229,19 +230,16 @@ def find(table_key: Rows, key: int) -> int:
 
 
 @jit_inline
-def _put(x: Arrays, c: int, sec: int, t: Row, side: int, big_size: float) -> float:
-    """Add a trade to its second; returns its signed size."""
-    mask = x.ring.shape[1] - 1
-    s = x.ring[c, sec & mask]
+def _put(
+    s: Row, fresh: bool, t: Row, side: int, big_size: float, bid: float, ask: float, bid_sz: float, ask_sz: float
+) -> float:
+    """Add a trade to its second (or, without a ring, to its finest candle); returns its signed size."""
     price, size, ts = t.price, t.size, t.ts_event_ns
-    if s.sec != sec:
+    if fresh:
         clear(s)
-        s.sec = sec
         s.open = s.high = s.low = s.close = price
         s.first_ns = ts
         s.last_ns = ts
-        s.revision = NONE
-        s.dirty = 0
     if ts < s.first_ns:
         s.first_ns = ts
         s.open = price
@@ -268,13 +266,12 @@ def _put(x: Arrays, c: int, sec: int, t: Row, side: int, big_size: float) -> flo
     if size >= big_size:
         s.big_trades += 1
         s.big_volume += size
-    s.bid_depth += t.bid_sz
-    s.ask_depth += t.ask_sz
+    s.bid_depth += bid_sz
+    s.ask_depth += ask_sz
     s.price_volume += price * size
-    if t.bid_px < t.ask_px:
-        s.spread_sum += t.ask_px - t.bid_px
+    if bid < ask:
+        s.spread_sum += ask - bid
         s.spread_count += 1
-    x.ring_dirty[c, (sec & mask) // CHUNK] = 1
     return signed
 
 
@@ -317,13 +314,33 @@ def _trade(x: Arrays, i: int, t: Row, c: int, late: Rows) -> None:
             return
     side = int(t.side)
     price = t.price
+    bid, ask, bid_sz, ask_sz = t.bid_px, t.ask_px, t.bid_sz, t.ask_sz
+    if np.isnan(bid) and np.isnan(ask) and contract.quote_ns != NONE:
+        # The feed gives no quotes with its trades: the newest of its books.
+        bid, ask, bid_sz, ask_sz = contract.bid_px, contract.ask_px, contract.bid_sz, contract.ask_sz
     if side == 0:
         reference = contract.last_px if price != contract.last_px else contract.previous_px
-        side = lee_ready(price, t.bid_px, t.ask_px, reference)
+        side = lee_ready(price, bid, ask, reference)
     if not is_late and price != contract.last_px:
         contract.previous_px = contract.last_px
         contract.last_px = price
-    signed = _put(x, c, sec, t, side, root.big_size)
+    if contract.ring == NONE:
+        start = start_of(x, 0, sec)
+        leaf_late = start + x.timeframes[0].seconds <= feed.closed_sec
+        b = x.bars[contract.entity, claim(x, contract.entity, 0, start)]
+        signed = _put(b, b.trades == 0, t, side, root.big_size, bid, ask, bid_sz, ask_sz)
+    else:
+        leaf_late = is_late
+        mask = x.ring.shape[1] - 1
+        s = x.ring[contract.ring, sec & mask]
+        fresh = s.sec != sec
+        if fresh:
+            s.sec = sec
+            s.revision = NONE
+            s.dirty = 0
+        signed = _put(s, fresh, t, side, root.big_size, bid, ask, bid_sz, ask_sz)
+        x.ring_dirty[contract.ring, (sec & mask) // CHUNK] = 1
+    x.contract_dirty[c] = 1
     if sec > contract.last_sec:
         if contract.last_sec != NONE and sec - contract.last_sec - 1 > p.quiet_sec:
             since = contract.last_sec + 1 + p.quiet_sec
@@ -332,39 +349,74 @@ def _trade(x: Arrays, i: int, t: Row, c: int, late: Rows) -> None:
         contract.last_sec = sec
         feed.last_sec = max(feed.last_sec, sec)
     x.counters[TRADES] += 1
-    if is_late:
+    if leaf_late:
         x.counters[CORRECTED] += 1
-        _correct(x, f, c, sec, signed, t.size)
+        if contract.ring != NONE:
+            _correct(x, f, c, sec, signed, t.size)
+        else:
+            _dirty(feed, sec)
+        correct_bars(x, f, c, sec, signed)
+
+
+@jit_inline
+def _state(x: Arrays, c: int, t: Row) -> None:
+    """Books, tickers and liquidations stand beside the fixed candles."""
+    known = True
+    if t.kind == BOOK:
+        known = take_quote(x, c, t)
+    elif t.kind == TICKER:
+        known = take_ticker(x, c, t)
+    elif t.kind == LIQUIDATION:
+        known = take_liquidation(x, c, t)
+    if not known:
+        x.counters[LATE_STATE] += 1
+
+
+@jit_inline
+def _reach(x: Arrays, f: int, mark: int) -> bool:
+    """The feed's watermark is at least `mark`; False when the output is full."""
+    feed = x.feeds[f]
+    if mark > feed.watermark_ns:
+        if mark >= (feed.closed_sec + 1) * NS and not _advance(x, f, mark // NS):
+            return False
+        feed.watermark_ns = mark
+    return True
 
 
 @jit
 def run(ticks: Rows, start: int, table: Rows, late: Rows) -> int:
-    """Fold tick rows from `start` on; returns the first row not done (the output is full: drain, call again).
+    """Fold tick rows from `start` on; returns the first row not done.
 
+    Then the output is full (drain it, call again), or contract `counters[WANTED] - 1` wants an entity.
     `late` takes (row index, watermark) of trades too late for any row.
     """
     x = open_arrays(table)
     for i in range(start, len(ticks)):
         t = ticks[i]
         if t.kind == CLOCK:
-            c = NONE
             f = _feed_of(x.feeds, t.instrument)
-            if f == NONE:
-                continue
-        else:
-            c = x.table_value[find(x.table_key, t.instrument)]
-            if c < 0:
-                x.counters[NOT_CANDLED if c == -2 else UNKNOWN] += 1
-                continue
-            f = x.contracts[c].feed
-        feed = x.feeds[f]
-        mark = t.ts_event_ns if c == NONE else t.ts_event_ns - feed.grace_ns
-        if mark > feed.watermark_ns:
-            if mark >= (feed.closed_sec + 1) * NS and not _advance(x, f, mark // NS):
+            if f != NONE and not _reach(x, f, t.ts_event_ns):
                 return i
-            feed.watermark_ns = mark
-        if c != NONE:
+            continue
+        if t.part != 0:
+            continue
+        c = x.table_value[find(x.table_key, t.instrument)]
+        if c < 0:
+            if t.kind == TRADE:
+                x.counters[NOT_CANDLED if c == -2 else UNKNOWN] += 1
+            continue
+        f = x.contracts[c].feed
+        if t.kind == TRADE:
+            if x.contracts[c].entity == NONE:
+                x.counters[WANTED] = c + 1
+                return i
+            if not _reach(x, f, t.ts_event_ns - x.feeds[f].grace_ns):
+                return i
             _trade(x, i, t, c, late)
+        else:
+            if t.kind == BOOK and not _reach(x, f, t.ts_event_ns - x.feeds[f].grace_ns):
+                return i
+            _state(x, c, t)
     return len(ticks)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
+
 NONE = -1
 NEVER = 1 << 60
 
@@ -29,6 +31,9 @@ CONTRACT = np.dtype(
         ("id", "<i8"), ("feed", "<i8"), ("root", "<i8"), ("next", "<i8"), ("expiry_ns", "<i8"),
         ("last_px", "<f8"), ("previous_px", "<f8"),  # newest price, and the newest different one before it
         ("last_sec", "<i8"), ("warm_sec", "<i8"),  # second of the newest trade; first row not before
+        ("ring", "<i8"),  # its row of the rings; NONE for options, which have fixed candles only
+        ("entity", "<i8"),
+        ("quote_ns", "<i8"), ("bid_px", "<f8"), ("ask_px", "<f8"), ("bid_sz", "<f8"), ("ask_sz", "<f8"),
     ]
 )  # fmt: skip
 
@@ -43,7 +48,8 @@ ROOT = np.dtype(
         ("counted_open_ns", "<i8"), ("counted_close_ns", "<i8"),  # the session of session_cvd
         ("cvd", "<f8"), ("session_cvd", "<f8"), ("seeded", "<i8"),
         ("front", "<i8"), ("judged", "<i8"), ("big_size", "<f8"),
-        ("head", "<i8"),  # its first contract; `next` of each leads to the others
+        ("head", "<i8"),  # its first contract with a ring; `next` of each leads to the others
+        ("entity", "<i8"),  # of its continuous ticker; NONE where the ticker is a symbol of its own
     ]
 )  # fmt: skip
 
@@ -67,10 +73,55 @@ GAP = np.dtype([("feed", "<i8"), ("contract", "<i8"), ("start_ns", "<i8"), ("end
 # What `fold` keeps of a root's trailing window between two seconds; never committed, always recomputable.
 CACHE = np.dtype([("contract", "<i8"), ("block_sec", "<i8"), ("upto_sec", "<i8")])
 
-PARAMS = np.dtype([("max_lateness_ns", "<i8"), ("quiet_sec", "<i8"), ("emit_1s", "<i8")])
+# What has fixed candles: a contract (`root` NONE) or a continuous ticker (`contract` NONE). `cvd` and `close`
+# are of its newest closed candle, the state columns as of that candle's end.
+ENTITY = np.dtype(
+    [
+        ("contract", "<i8"), ("root", "<i8"), ("feed", "<i8"), ("cvd", "<f8"), ("close", "<f8"), ("dirty", "<i8"),
+        *((name, "<f8") for name in STATE_COLUMNS[:9]),
+    ]
+)  # fmt: skip
 
-COUNTERS = ("rows_1m", "rows_1s", "late", "trades", "unknown_instrument", "outside_hours", "not_candled", "corrected")
-ROWS_1M, ROWS_1S, LATE_ROWS, TRADES, UNKNOWN, OUTSIDE, NOT_CANDLED, CORRECTED = range(8)
+# A fixed candle that may still change, in its entity's slots. `sec` is its start; `revision` NONE until it has a
+# row; the state columns are what came within it until it closes, then what stood at its end.
+BAR = np.dtype(
+    [
+        ("cvd", "<f8"), ("front", "<i8"),  # the contract that it is of
+        ("book_ns", "<i8"), ("ticker_ns", "<i8"),
+        *((name, SUMMARY[name].str) for name in SUMMARY.names or ()),
+        *((name, "<f8") for name in STATE_COLUMNS),
+    ]
+)  # fmt: skip
+
+# A length of fixed candles, finest first. Its slots begin at `at`; candles are folded from those of `child`,
+# the finest from seconds. `feature` is its row of feature states. Not all are emitted: some only shorten the fold.
+TIMEFRAME = np.dtype(
+    [
+        ("seconds", "<i8"), ("offset", "<i8"), ("at", "<i8"), ("slots", "<i8"), ("child", "<i8"),
+        ("emit", "<i8"), ("feature", "<i8"),
+    ]
+)  # fmt: skip
+
+# Where a feature state keeps what: rings of the newest closes, signed volumes …, then single numbers.
+UPTO, COUNT, CLOSES, SIGNED, RETURNS, VOLUMES, SIDED, BUCKETS, SIZES = 0, 1, 2, 34, 66, 82, 90, 154, 218
+SCALARS = 282
+(EMA_5, EMA_10, EMA_20, VOLUME_EMA, FAST, SLOW, SIGNAL, GAIN, LOSS, FULL, FILLED, BOUGHT, SOLD, SIZE) = range(
+    SCALARS, SCALARS + 14
+)
+FEATURE_STATE = SCALARS + 14
+assert len(FEATURE_COLUMNS) == 31  # services.aggregate.features writes each
+
+PARAMS = np.dtype(
+    [("max_lateness_ns", "<i8"), ("quiet_sec", "<i8"), ("emit_1s", "<i8"), ("lateness_sec", "<i8"), ("carry", "<i8")]
+)
+
+COUNTERS = (
+    "rows_1m", "rows_1s", "late", "trades", "unknown_instrument", "outside_hours", "not_candled", "corrected",
+    "rows_fixed", "wanted", "late_state",
+)  # fmt: skip
+(
+    ROWS_1M, ROWS_1S, LATE_ROWS, TRADES, UNKNOWN, OUTSIDE, NOT_CANDLED, CORRECTED, ROWS_FIXED, WANTED, LATE_STATE,
+) = range(11)  # fmt: skip
 
 CHUNK = 16  # ring seconds per field of the committed state
 

@@ -89,17 +89,18 @@ def _block(end: int) -> int:
 def fold(x: Arrays, contract: int, end: int, into: int) -> None:
     """Fold the window ending at `end` into scratch[into], from the ring alone."""
     mask = x.ring.shape[1] - 1
+    ring = x.contracts[contract].ring
     block = _block(end)
     a = x.scratch[into]
     clear(a)
     for sec in range(block - 1, end - WINDOW - 1, -1):
-        s = x.ring[contract, sec & mask]
+        s = x.ring[ring, sec & mask]
         if s.sec == sec:
             prepend(a, s)
     b = x.scratch[1 - into]
     clear(b)
     for sec in range(block, end):
-        s = x.ring[contract, sec & mask]
+        s = x.ring[ring, sec & mask]
         if s.sec == sec:
             append(b, s)
     append(a, b)
@@ -109,6 +110,7 @@ def fold(x: Arrays, contract: int, end: int, into: int) -> None:
 def roll(x: Arrays, k: int, contract: int, end: int) -> None:
     """The same as `fold` into scratch[0], with the root's cache of the minute's halves."""
     mask = x.ring.shape[1] - 1
+    ring = x.contracts[contract].ring
     block = _block(end)
     cache = x.cache[k]
     prefix = x.prefix[k]
@@ -120,12 +122,12 @@ def roll(x: Arrays, k: int, contract: int, end: int) -> None:
         a = x.scratch[1]
         clear(a)
         for i in range(WINDOW - 1, -1, -1):
-            s = x.ring[contract, (block - WINDOW + i) & mask]
+            s = x.ring[ring, (block - WINDOW + i) & mask]
             if s.sec == block - WINDOW + i:
                 prepend(a, s)
             x.suffix[k, i] = a
     for sec in range(cache.upto_sec, end):
-        s = x.ring[contract, sec & mask]
+        s = x.ring[ring, sec & mask]
         if s.sec == sec:
             append(prefix, s)
     cache.upto_sec = end
@@ -216,7 +218,7 @@ def emit_1m(x: Arrays, f: int, k: int, closed: Row, corrected: bool) -> bool:
 def emit_1s(x: Arrays, f: int, contract: int, closed: Row) -> None:
     """Append the candles_1s row of the second before closed.end_sec. CVD is the front contract's alone."""
     sec = closed.end_sec - 1
-    s = x.ring[contract, sec & (x.ring.shape[1] - 1)]
+    s = x.ring[x.contracts[contract].ring, sec & (x.ring.shape[1] - 1)]
     o = x.out_1s[x.counters[ROWS_1S]]
     front = closed.front == contract
     candle(s, contract, closed.cvd if front else np.nan, closed.session_cvd if front else np.nan, o)

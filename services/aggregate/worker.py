@@ -1,4 +1,4 @@
-"""The aggregate service: ticks in, rolling candles out (the thin shell around `core`)."""
+"""The aggregate service: ticks in, candles out (the thin shell around `core`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 from services.aggregate.core import JSON_KINDS, Output, PartitionState, warm
 from services.aggregate.state import Config
 from shared.calendar import calendar_of, sessions
-from shared.frames import TICK, UNREADABLE, Frame, Rows, reason_of, unreadable
+from shared.frames import TICK, TICK_FRAMES, UNREADABLE, Frame, Rows, reason_of, unreadable
 from shared.messages import decode, encode
 from shared.settings import Settings
 from shared.stores import newest_cvd
+from shared.timeframes import seconds_of
 from shared.worker import StepResult, Worker, wait_for_bus
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def fault(frame: Frame) -> str:
     """What makes a frame of `ticks` unreadable; empty for a sound one."""
     if frame.kind == UNREADABLE:
         return reason_of(frame)
-    if frame.kind == "trade":
+    if frame.kind in TICK_FRAMES:
         return "" if len(frame.body) % TICK.itemsize == 0 else f"{len(frame.body)} bytes are no whole tick rows"
     if frame.kind not in JSON_KINDS:
         return f"no stage reads frames of kind '{frame.kind}'"
@@ -65,7 +66,7 @@ def fault(frame: Frame) -> str:
 
 
 class AggregateStage:
-    """Rolling candles of every partition."""
+    """Rolling and fixed candles of every partition."""
 
     name = "aggregate"
     topic = "ticks"
@@ -77,6 +78,8 @@ class AggregateStage:
             max_lateness_sec=a.max_lateness_seconds,
             quiet_sec=a.quiet_reset_seconds,
             emit_1s=a.candles_1s,
+            timeframes=tuple(map(seconds_of, a.timeframes)),
+            carry=a.empty_bars == "carry",
             big_trade=a.big_trade,
             big_trade_default=a.big_trade_default,
         )
@@ -90,13 +93,17 @@ class AggregateStage:
 def pack(output: Output, now_ns: int) -> dict[str, list[Frame]]:
     """Frames of a step's rows: `timestamp_out` is now, names are those that the frame's rows use."""
     candles: list[Frame] = []
-    for kind, chunks in (("candle_1m", output.candles_1m), ("candle_1s", output.candles_1s)):
+    for kind, chunks, names in (
+        ("candle_1m", output.candles_1m, output.names),
+        ("candle_1s", output.candles_1s, output.names),
+        ("candle", output.fixed, output.fixed_names),
+    ):
         if not chunks:
             continue
         rows = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
         rows["timestamp_out_ns"] = now_ns
         for at in range(0, len(rows), FRAME_ROWS):
-            candles.append(_frame(kind, rows[at : at + FRAME_ROWS], "time_ns", output.names))
+            candles.append(_frame(kind, rows[at : at + FRAME_ROWS], "time_ns", names))
     if output.gaps:
         first, last = min(g.start_ns for g in output.gaps), max(g.end_ns for g in output.gaps)
         candles.append(Frame("gap", len(output.gaps), first, last, "aggregate", encode(output.gaps)))

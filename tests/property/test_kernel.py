@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from services.aggregate.core import PartitionState
 from services.aggregate.state import Config
 from shared import messages
-from shared.frames import CANDLE, CLOCK, NS, TICK, Frame
+from shared.frames import CANDLE, CLOCK, FIXED, NS, TICK, Frame
 from shared.instruments import feed_id, instrument_id
-from tests import oracle
+from shared.timeframes import FEATURED
+from tests import oracle, oracle_fixed
 
 START = 1_780_000_000  # a Thursday, on no minute boundary
 FEED, VENUE = "feed", "TEST"
@@ -102,6 +103,7 @@ def run(tape: list[Frame], cuts: list[int], restarts: set[int], config: Config) 
     state, saved = PartitionState(config), {}
     final_1m: dict[Any, Any] = {}
     final_1s: dict[Any, Any] = {}
+    fixed: dict[Any, Any] = {}
     late = 0
     for n, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(tape)], strict=True)):
         if a == b:
@@ -119,10 +121,14 @@ def run(tape: list[Frame], cuts: list[int], restarts: set[int], config: Config) 
                 name = (out.names[int(row["name"])][key], int(row["time_ns"]) // NS)
                 assert name not in final or final[name]["revision"] < row["revision"], "revisions only grow"
                 final[name] = {c: row[c] for c in CANDLE.names} | {"symbol": out.names[int(row["name"])][1]}
+        for row in (r for chunk in out.fixed for r in chunk):
+            key = (out.fixed_names[int(row["name"])][1], int(row["timeframe_sec"]), int(row["time_ns"]) // NS)
+            assert key not in fixed or fixed[key]["revision"] < row["revision"], "revisions only grow"
+            fixed[key] = {c: row[c] for c in FIXED.names}
         saved.update(state.changes())
         if n in restarts:
             state = PartitionState.restore(config, saved)
-    return final_1m, final_1s, late, state
+    return final_1m, final_1s, fixed, late, state
 
 
 def same(mine: dict[str, Any], theirs: dict[str, Any], where: object) -> None:
@@ -133,6 +139,23 @@ def same(mine: dict[str, Any], theirs: dict[str, Any], where: object) -> None:
             raise AssertionError(f"{where} {column}: kernel {got}, oracle {value}")
 
 
+def same_fixed(mine: dict[Any, Any], theirs: dict[Any, Any], seconds: int) -> None:
+    """Candles equal, and so do their features, taken from all of them anew."""
+    assert set(mine) == set(theirs)
+    for key, row in theirs.items():
+        same(mine[key], row, (seconds, *key))
+    for name in {name for name, _ in theirs}:
+        starts = sorted(start for n, start in theirs if n == name)
+        features = oracle_fixed.features_of([theirs[name, start] for start in starts], seconds)
+        for start, row in zip(starts, features, strict=True):
+            for column, value in row.items():
+                got = mine[name, start][column]
+                if seconds not in FEATURED:
+                    assert math.isnan(got)
+                elif not (math.isnan(got) and math.isnan(value)):
+                    assert got == pytest.approx(value, rel=1e-9, abs=1e-9), (seconds, name, start, column)
+
+
 Hours = list[tuple[int, int]]
 
 
@@ -141,7 +164,7 @@ def check(events: list[Any], cuts: list[int], restarts: set[int], sessions: Hour
     config = Config(sessions=lambda venue, root: table, big_trade={})
     tape = frames(events, in_band)
     cuts = sorted(min(c, len(tape)) for c in cuts)
-    final_1m, final_1s, late, state = run(tape, cuts, restarts, config)
+    final_1m, final_1s, fixed, late, state = run(tape, cuts, restarts, config)
     truth = oracle.Oracle(CONTRACTS, sessions)
     for event in events:
         truth.take(event)
@@ -150,6 +173,8 @@ def check(events: list[Any], cuts: list[int], restarts: set[int], sessions: Hour
         for key, row in theirs.items():
             same(mine[key], row, key)
             assert mine[key]["vd"] == row["vd"]
+    for tf in (int(t["seconds"]) for t in state.timeframes if t["emit"]):
+        same_fixed({(n, s): row for (n, t, s), row in fixed.items() if t == tf}, oracle_fixed.bars_of(truth, tf), tf)
     assert late == len(truth.late)
     assert int(state.counters[5]) == truth.outside
 
