@@ -11,41 +11,41 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.aggregate.arena import Arrays
+from services.aggregate import arena
 from services.aggregate.features import blank, step
 from services.aggregate.layout import NONE, ROWS_FIXED, UPTO
 from services.aggregate.rows import append, clear, whole
 from services.aggregate.sessions import session_at
 from shared.compiled import jit, jit_inline
-from shared.frames import NS, Row
+from shared.frames import NS, Row, Rows
 
 
 @jit_inline
-def start_of(x: Arrays, i: int, sec: int) -> int:
+def start_of(t: Rows, i: int, sec: int) -> int:
     """Start of the candle of timeframe `i` that second `sec` is in."""
-    tf = x.timeframes[i]
+    tf = arena.timeframes(t)[i]
     return int((sec - tf.offset) // tf.seconds * tf.seconds + tf.offset)
 
 
 @jit_inline
-def slot(x: Arrays, i: int, start: int) -> int:
+def slot(t: Rows, i: int, start: int) -> int:
     """Column of `bars` of the candle of timeframe `i` that starts at `start`."""
-    tf = x.timeframes[i]
+    tf = arena.timeframes(t)[i]
     return int(tf.at + (start - tf.offset) // tf.seconds % tf.slots)
 
 
 @jit
-def claim(x: Arrays, e: int, i: int, start: int) -> int:
+def claim(t: Rows, e: int, i: int, start: int) -> int:
     """Column of `bars` of a candle, emptied if it still belonged to an older one."""
-    at = slot(x, i, start)
-    b = x.bars[e, at]
-    x.bar_dirty[e, at] = 1
+    at = slot(t, i, start)
+    b = arena.bars(t)[e, at]
+    arena.bar_dirty(t)[e, at] = 1
     if b.sec != start:
-        if b.sec != NONE and x.timeframes[i].feature != NONE:
-            _settle(x, e, i, b.sec + x.timeframes[i].seconds)
+        if b.sec != NONE and arena.timeframes(t)[i].feature != NONE:
+            _settle(t, e, i, b.sec + arena.timeframes(t)[i].seconds)
         _empty(b)
         b.sec = start
-        b.front = x.entities[e].contract
+        b.front = arena.entities(t)[e].contract
     return at
 
 
@@ -61,10 +61,10 @@ def _empty(b: Row) -> None:
 
 
 @jit
-def _fill(x: Arrays, e: int, i: int, b: Row, o: Row) -> None:
+def _fill(t: Rows, e: int, i: int, b: Row, o: Row) -> None:
     """The columns of a candle but its features."""
-    entity = x.entities[e]
-    seconds = x.timeframes[i].seconds
+    entity = arena.entities(t)[e]
+    seconds = arena.timeframes(t)[i].seconds
     o.time_ns = b.sec * NS
     o.timeframe_sec = seconds
     o.name = e
@@ -95,52 +95,52 @@ def _fill(x: Arrays, e: int, i: int, b: Row, o: Row) -> None:
     o.funding_rate = b.funding_rate
     o.liquidated_long_volume = b.liquidated_long_volume
     o.liquidated_short_volume = b.liquidated_short_volume
-    o.complete = whole(x.gaps, entity.feed, b.front, b.sec * NS, (b.sec + seconds) * NS)
+    o.complete = whole(arena.gaps(t), entity.feed, b.front, b.sec * NS, (b.sec + seconds) * NS)
     o.revision = b.revision
     o.timestamp_out_ns = 0
 
 
 @jit
-def _settle(x: Arrays, e: int, i: int, upto: int) -> None:
+def _settle(t: Rows, e: int, i: int, upto: int) -> None:
     """Candles that end by `upto` can change no more: take them, in order, into the settled feature state."""
-    tf = x.timeframes[i]
-    s = x.features[e, tf.feature, 1]
+    tf = arena.timeframes(t)[i]
+    s = arena.features(t)[e, tf.feature, 1]
     while True:
         found, first = NONE, upto
         for at in range(tf.at, tf.at + tf.slots):
-            b = x.bars[e, at]
+            b = arena.bars(t)[e, at]
             if b.revision != NONE and s[UPTO] <= b.sec and b.sec + tf.seconds <= first:
                 found, first = at, b.sec + tf.seconds - 1
         if found == NONE:
             return
-        b = x.bars[e, found]
-        _fill(x, e, i, b, x.row[0])
-        step(s, x.row[0], tf.seconds)
+        b = arena.bars(t)[e, found]
+        _fill(t, e, i, b, arena.row(t)[0])
+        step(s, arena.row(t)[0], tf.seconds)
         s[UPTO] = b.sec + tf.seconds
-        x.feature_dirty[e, tf.feature] = 1
+        arena.feature_dirty(t)[e, tf.feature] = 1
 
 
 @jit_inline
-def _horizon(x: Arrays, f: int) -> int:
+def _horizon(t: Rows, f: int) -> int:
     """Candles that end by this second can change no more, even where a correction still waits."""
-    return int(x.feeds[f].closed_sec - x.params[0].lateness_sec - x.timeframes[0].seconds)
+    return int(arena.feeds(t)[f].closed_sec - arena.params(t)[0].lateness_sec - arena.timeframes(t)[0].seconds)
 
 
 @jit
-def _close(x: Arrays, f: int, e: int, i: int, b: Row) -> None:
+def _close(t: Rows, f: int, e: int, i: int, b: Row) -> None:
     """Number and emit a candle that has just ended."""
-    tf = x.timeframes[i]
+    tf = arena.timeframes(t)[i]
     b.revision = 0
-    o = x.out_fixed[x.counters[ROWS_FIXED]] if tf.emit else x.row[0]
-    _fill(x, e, i, b, o)
+    o = arena.out_fixed(t)[arena.counters(t)[ROWS_FIXED]] if tf.emit else arena.row(t)[0]
+    _fill(t, e, i, b, o)
     if tf.feature != NONE:
-        _settle(x, e, i, _horizon(x, f))
-        step(x.features[e, tf.feature, 0], o, tf.seconds)
-        x.feature_dirty[e, tf.feature] = 1
+        _settle(t, e, i, _horizon(t, f))
+        step(arena.features(t)[e, tf.feature, 0], o, tf.seconds)
+        arena.feature_dirty(t)[e, tf.feature] = 1
     else:
         blank(o)
     if tf.emit:
-        x.counters[ROWS_FIXED] += 1
+        arena.counters(t)[ROWS_FIXED] += 1
 
 
 @jit
@@ -150,39 +150,39 @@ def _add_state(b: Row, child: Row) -> None:
 
 
 @jit
-def _fold(x: Arrays, e: int, i: int, b: Row) -> None:
+def _fold(t: Rows, e: int, i: int, b: Row) -> None:
     """The trades of a contract's candle, anew from its seconds or its finer candles."""
-    tf = x.timeframes[i]
-    c = x.entities[e].contract
+    tf = arena.timeframes(t)[i]
+    c = arena.entities(t)[e].contract
     end = b.sec + tf.seconds
     if tf.child == NONE:
-        ring = x.contracts[c].ring
+        ring = arena.contracts(t)[c].ring
         if ring == NONE:
             return  # its trades are in the slot itself
         clear(b)
-        mask = x.ring.shape[1] - 1
+        mask = arena.ring(t).shape[1] - 1
         for sec in range(b.sec, end):
-            s = x.ring[ring, sec & mask]
+            s = arena.ring(t)[ring, sec & mask]
             if s.sec == sec:
                 append(b, s)
         return
     clear(b)
     b.liquidated_long_volume = b.liquidated_short_volume = 0.0
-    length = x.timeframes[tf.child].seconds
+    length = arena.timeframes(t)[tf.child].seconds
     for start in range(b.sec, end, length):
-        child = x.bars[e, slot(x, tf.child, start)]
+        child = arena.bars(t)[e, slot(t, tf.child, start)]
         if child.sec == start:
             _add_state(b, child)
             append(b, child)
 
 
 @jit
-def _carry(x: Arrays, k: int, b: Row, close: float) -> bool:
+def _carry(t: Rows, k: int, b: Row, close: float) -> bool:
     """An empty candle that goes on at the last close, if that is wanted and the market is open."""
-    if not x.params[0].carry or np.isnan(close):
+    if not arena.params(t)[0].carry or np.isnan(close):
         return False
-    root = x.roots[k]
-    if session_at(x.sessions, root.calendar_from, root.calendar_to, b.sec * NS) == NONE:
+    root = arena.roots(t)[k]
+    if session_at(arena.sessions(t), root.calendar_from, root.calendar_to, b.sec * NS) == NONE:
         return False
     b.open = b.high = b.low = b.close = close
     return True
@@ -203,13 +203,13 @@ def _stand(b: Row, entity: Row) -> None:
 
 
 @jit
-def _take_state(x: Arrays, e: int, start: int) -> None:
+def _take_state(t: Rows, e: int, start: int) -> None:
     """What came within the finest candle is the state at its end."""
-    b = x.bars[e, slot(x, 0, start)]
+    b = arena.bars(t)[e, slot(t, 0, start)]
     if b.sec != start or (b.book_ns == NONE and b.ticker_ns == NONE):
         return
-    entity = x.entities[e]
-    x.entity_dirty[e] = 1
+    entity = arena.entities(t)[e]
+    arena.entity_dirty(t)[e] = 1
     if b.book_ns != NONE:
         entity.bid_price = b.bid_price
         entity.bid_size = b.bid_size
@@ -228,277 +228,277 @@ def _take_state(x: Arrays, e: int, start: int) -> None:
 
 
 @jit
-def _close_contract(x: Arrays, f: int, e: int, i: int, start: int) -> None:
-    entity = x.entities[e]
+def _close_contract(t: Rows, f: int, e: int, i: int, start: int) -> None:
+    entity = arena.entities(t)[e]
     c = entity.contract
     if i == 0:
-        _take_state(x, e, start)
-    if x.contracts[c].last_sec < start and not x.params[0].carry:
+        _take_state(t, e, start)
+    if arena.contracts(t)[c].last_sec < start and not arena.params(t)[0].carry:
         return
-    b = x.bars[e, claim(x, e, i, start)]
-    _fold(x, e, i, b)
-    if b.trades == 0 and not _carry(x, x.contracts[c].root, b, entity.close):
+    b = arena.bars(t)[e, claim(t, e, i, start)]
+    _fold(t, e, i, b)
+    if b.trades == 0 and not _carry(t, arena.contracts(t)[c].root, b, entity.close):
         return
     if i == 0:
         if b.trades > 0:
             entity.close = b.close
         entity.cvd += b.delta
-        x.entity_dirty[e] = 1
+        arena.entity_dirty(t)[e] = 1
     b.cvd = entity.cvd
     _stand(b, entity)
-    _close(x, f, e, i, b)
+    _close(t, f, e, i, b)
 
 
 @jit
-def _copy(x: Arrays, k: int, i: int, b: Row, front: int, end: int) -> bool:
+def _copy(t: Rows, k: int, i: int, b: Row, front: int, end: int) -> bool:
     """A ticker's candle from that of the contract in front; False where that has none."""
-    source_entity = x.contracts[front].entity if front != NONE else NONE
+    source_entity = arena.contracts(t)[front].entity if front != NONE else NONE
     if source_entity == NONE:
         return False
     start, revision, dirty = b.sec, b.revision, b.dirty
-    at = slot(x, i, start)
-    source = x.bars[source_entity, at]
+    at = slot(t, i, start)
+    source = arena.bars(t)[source_entity, at]
     if source.sec != start or source.revision == NONE:
         return False
-    x.bars[x.roots[k].entity, at] = source
+    arena.bars(t)[arena.roots(t)[k].entity, at] = source
     b.revision = revision
     b.dirty = dirty
     b.front = front
-    closed = x.closes[k, end & (x.closes.shape[1] - 1)]
-    b.cvd = closed.cvd if closed.end_sec == end else x.roots[k].cvd
+    closed = arena.closes(t)[k, end & (arena.closes(t).shape[1] - 1)]
+    b.cvd = closed.cvd if closed.end_sec == end else arena.roots(t)[k].cvd
     return True
 
 
 @jit_inline
-def _front_at(x: Arrays, k: int, end: int) -> int:
-    closed = x.closes[k, end & (x.closes.shape[1] - 1)]
-    return int(closed.front if closed.end_sec == end else x.roots[k].front)
+def _front_at(t: Rows, k: int, end: int) -> int:
+    closed = arena.closes(t)[k, end & (arena.closes(t).shape[1] - 1)]
+    return int(closed.front if closed.end_sec == end else arena.roots(t)[k].front)
 
 
 @jit
-def close_bars(x: Arrays, f: int, end: int) -> None:
+def close_bars(t: Rows, f: int, end: int) -> None:
     """Close every fixed candle of feed `f` that ends at second `end`; there is room for their rows."""
-    for i in range(len(x.timeframes)):
-        tf = x.timeframes[i]
+    for i in range(len(arena.timeframes(t))):
+        tf = arena.timeframes(t)[i]
         if (end - tf.offset) % tf.seconds != 0:
             continue
         start = end - tf.seconds
-        for e in range(len(x.entities)):
-            if x.entities[e].feed == f and x.entities[e].root == NONE:
-                _close_contract(x, f, e, i, start)
-        for k in range(len(x.roots)):
-            if x.roots[k].feed != f or x.roots[k].entity == NONE:
+        for e in range(len(arena.entities(t))):
+            if arena.entities(t)[e].feed == f and arena.entities(t)[e].root == NONE:
+                _close_contract(t, f, e, i, start)
+        for k in range(len(arena.roots(t))):
+            if arena.roots(t)[k].feed != f or arena.roots(t)[k].entity == NONE:
                 continue
-            front = _front_at(x, k, end)
-            if front == NONE or x.contracts[front].entity == NONE:
+            front = _front_at(t, k, end)
+            if front == NONE or arena.contracts(t)[front].entity == NONE:
                 continue
-            source = x.bars[x.contracts[front].entity, slot(x, i, start)]
+            source = arena.bars(t)[arena.contracts(t)[front].entity, slot(t, i, start)]
             if source.sec == start and source.revision != NONE:
-                b = x.bars[x.roots[k].entity, claim(x, x.roots[k].entity, i, start)]
-                if _copy(x, k, i, b, front, end):
-                    _close(x, f, x.roots[k].entity, i, b)
+                b = arena.bars(t)[arena.roots(t)[k].entity, claim(t, arena.roots(t)[k].entity, i, start)]
+                if _copy(t, k, i, b, front, end):
+                    _close(t, f, arena.roots(t)[k].entity, i, b)
 
 
 @jit
-def _cvd_before(x: Arrays, e: int, end: int, closed: int) -> float:
+def _cvd_before(t: Rows, e: int, end: int, closed: int) -> float:
     """A contract's CVD at second `end`, from the candles since."""
-    seconds = x.timeframes[0].seconds
+    seconds = arena.timeframes(t)[0].seconds
     for start in range(end, closed - seconds + 1, seconds):
-        b = x.bars[e, slot(x, 0, start)]
+        b = arena.bars(t)[e, slot(t, 0, start)]
         if b.sec == start and b.revision != NONE:
             return float(b.cvd - b.delta)
-    return float(x.entities[e].cvd)
+    return float(arena.entities(t)[e].cvd)
 
 
 @jit
-def correct_bars(x: Arrays, f: int, c: int, sec: int, signed: float) -> None:
+def correct_bars(t: Rows, f: int, c: int, sec: int, signed: float) -> None:
     """A late trade of second `sec` changed a contract: revise its closed candles, and its ticker's, from there on."""
-    e = x.contracts[c].entity
-    k = x.contracts[c].root
-    closed = x.feeds[f].closed_sec
-    if start_of(x, 0, sec) + x.timeframes[0].seconds > closed:
+    e = arena.contracts(t)[c].entity
+    k = arena.contracts(t)[c].root
+    closed = arena.feeds(t)[f].closed_sec
+    if start_of(t, 0, sec) + arena.timeframes(t)[0].seconds > closed:
         return  # it is in time for every candle
-    mask = x.closes.shape[1] - 1
-    ticker = x.roots[k].entity
-    counts = signed != 0.0 and x.closes[k, (sec + 1) & mask].front == c
-    for i in range(len(x.timeframes) - 1, -1, -1):  # the finest last: `_cvd_before` reads them as they were
-        tf = x.timeframes[i]
-        first = start_of(x, i, sec)
+    mask = arena.closes(t).shape[1] - 1
+    ticker = arena.roots(t)[k].entity
+    counts = signed != 0.0 and arena.closes(t)[k, (sec + 1) & mask].front == c
+    for i in range(len(arena.timeframes(t)) - 1, -1, -1):  # the finest last: `_cvd_before` reads them as they were
+        tf = arena.timeframes(t)[i]
+        first = start_of(t, i, sec)
         held = False  # by the ticker
         for start in range(first, closed - tf.seconds + 1, tf.seconds):
             end = start + tf.seconds
-            at = slot(x, i, start)
+            at = slot(t, i, start)
             if start == first:
-                claim(x, e, i, start)
-            b = x.bars[e, at]
+                claim(t, e, i, start)
+            b = arena.bars(t)[e, at]
             if start == first and b.revision == NONE:
-                b.cvd = _cvd_before(x, e, end, closed)
-                _stand(b, x.entities[e])
+                b.cvd = _cvd_before(t, e, end, closed)
+                _stand(b, arena.entities(t)[e])
             if start == first or (b.sec == start and b.revision != NONE):
                 if start == first or signed != 0.0 or tf.feature != NONE:
                     b.revision += 1
                     b.dirty = 1
                 b.cvd += signed
-                x.bar_dirty[e, at] = 1
+                arena.bar_dirty(t)[e, at] = 1
             if ticker == NONE:
                 continue
-            front = _front_at(x, k, end)
-            t = x.bars[ticker, at]
-            exists = t.sec == start and t.revision != NONE
+            front = _front_at(t, k, end)
+            own = arena.bars(t)[ticker, at]
+            exists = own.sec == start and own.revision != NONE
             if start == first and front == c:
-                claim(x, ticker, i, start)
-                t.front = c
+                claim(t, ticker, i, start)
+                own.front = c
                 held = exists = True
-                if t.revision == NONE:
-                    t.cvd = x.closes[k, end & mask].cvd - (signed if counts else 0.0)
+                if own.revision == NONE:
+                    own.cvd = arena.closes(t)[k, end & mask].cvd - (signed if counts else 0.0)
             if exists:
                 if (start == first and front == c) or counts or (held and tf.feature != NONE):
-                    t.revision += 1
-                    t.dirty = 1
+                    own.revision += 1
+                    own.dirty = 1
                 if counts:
-                    t.cvd += signed
-                x.bar_dirty[ticker, at] = 1
-    x.entities[e].cvd += signed
-    x.entities[e].dirty = 1
-    x.entity_dirty[e] = 1
+                    own.cvd += signed
+                arena.bar_dirty(t)[ticker, at] = 1
+    arena.entities(t)[e].cvd += signed
+    arena.entities(t)[e].dirty = 1
+    arena.entity_dirty(t)[e] = 1
     if ticker != NONE:
-        x.entities[ticker].dirty = 1
-        x.entity_dirty[ticker] = 1
+        arena.entities(t)[ticker].dirty = 1
+        arena.entity_dirty(t)[ticker] = 1
 
 
 @jit
-def _again(x: Arrays, f: int, e: int, i: int) -> None:
+def _again(t: Rows, f: int, e: int, i: int) -> None:
     """Emit the revised candles of one timeframe again, and take the features anew from before them."""
-    tf = x.timeframes[i]
-    entity = x.entities[e]
-    closed = x.feeds[f].closed_sec
-    last = start_of(x, i, closed) - tf.seconds
+    tf = arena.timeframes(t)[i]
+    entity = arena.entities(t)[e]
+    closed = arena.feeds(t)[f].closed_sec
+    last = start_of(t, i, closed) - tf.seconds
     first = last - (tf.slots - 1) * tf.seconds
     dirty = False
     for start in range(first, last + 1, tf.seconds):
-        b = x.bars[e, slot(x, i, start)]
+        b = arena.bars(t)[e, slot(t, i, start)]
         dirty = dirty or (b.sec == start and b.dirty != 0)
     if not dirty:
         return
-    s = x.features_now[0]
+    s = arena.features_now(t)[0]
     if tf.feature != NONE:
-        _settle(x, e, i, _horizon(x, f))
-        s[:] = x.features[e, tf.feature, 1]
+        _settle(t, e, i, _horizon(t, f))
+        s[:] = arena.features(t)[e, tf.feature, 1]
     close = np.nan
     for start in range(first, last + 1, tf.seconds):
-        at = slot(x, i, start)
-        b = x.bars[e, at]
+        at = slot(t, i, start)
+        b = arena.bars(t)[e, at]
         if b.sec != start or b.revision == NONE:
             continue
         if entity.root == NONE:
             if b.dirty:
-                _fold(x, e, i, b)
+                _fold(t, e, i, b)
             if b.trades == 0 and not np.isnan(close):
                 b.open = b.high = b.low = b.close = close
             close = b.close
         elif b.dirty:
             front = b.front
             cvd = b.cvd
-            _copy(x, entity.root, i, b, front, start + tf.seconds)
+            _copy(t, entity.root, i, b, front, start + tf.seconds)
             b.cvd = cvd
         emit = b.dirty != 0 and tf.emit != 0
-        o = x.out_fixed[x.counters[ROWS_FIXED]] if emit else x.row[0]
-        _fill(x, e, i, b, o)
+        o = arena.out_fixed(t)[arena.counters(t)[ROWS_FIXED]] if emit else arena.row(t)[0]
+        _fill(t, e, i, b, o)
         if tf.feature != NONE and start >= s[UPTO]:
             step(s, o, tf.seconds)
         else:
             blank(o)  # also where a gap is told so late that the features before it are gone
-        x.bar_dirty[e, at] = 1
+        arena.bar_dirty(t)[e, at] = 1
         b.dirty = 0
         if emit:
-            x.counters[ROWS_FIXED] += 1
+            arena.counters(t)[ROWS_FIXED] += 1
     if i == 0 and not np.isnan(close):
         entity.close = close
     if tf.feature != NONE:
-        x.features[e, tf.feature, 0][:] = s
-        x.feature_dirty[e, tf.feature] = 1
+        arena.features(t)[e, tf.feature, 0][:] = s
+        arena.feature_dirty(t)[e, tf.feature] = 1
 
 
 @jit
-def flush_bars(x: Arrays, f: int) -> bool:
+def flush_bars(t: Rows, f: int) -> bool:
     """Emit every revised candle of a feed again; False when the output is full (drain, call again)."""
     for tickers in range(2):
-        for e in range(len(x.entities)):
-            entity = x.entities[e]
+        for e in range(len(arena.entities(t))):
+            entity = arena.entities(t)[e]
             if entity.feed != f or not entity.dirty or (entity.root != NONE) != (tickers == 1):
                 continue
-            if x.counters[ROWS_FIXED] + x.bars.shape[1] > len(x.out_fixed):
+            if arena.counters(t)[ROWS_FIXED] + arena.bars(t).shape[1] > len(arena.out_fixed(t)):
                 return False
-            for i in range(len(x.timeframes)):
-                _again(x, f, e, i)
+            for i in range(len(arena.timeframes(t))):
+                _again(t, f, e, i)
             entity.dirty = 0
-            x.entity_dirty[e] = 1
+            arena.entity_dirty(t)[e] = 1
     return True
 
 
 @jit
-def take_quote(x: Arrays, c: int, t: Row) -> bool:
+def take_quote(t: Rows, c: int, r: Row) -> bool:
     """A BOOK row: the contract's quotes now, and of the candle that it is in; False when that has closed."""
-    contract = x.contracts[c]
-    if t.ts_event_ns >= contract.quote_ns:
-        contract.quote_ns = t.ts_event_ns
-        contract.bid_px = t.bid_px
-        contract.ask_px = t.ask_px
-        contract.bid_sz = t.bid_sz
-        contract.ask_sz = t.ask_sz
-        x.contract_dirty[c] = 1
+    contract = arena.contracts(t)[c]
+    if r.ts_event_ns >= contract.quote_ns:
+        contract.quote_ns = r.ts_event_ns
+        contract.bid_px = r.bid_px
+        contract.ask_px = r.ask_px
+        contract.bid_sz = r.bid_sz
+        contract.ask_sz = r.ask_sz
+        arena.contract_dirty(t)[c] = 1
     if contract.entity == NONE:
         return True
-    start = start_of(x, 0, t.ts_event_ns // NS)
-    if start + x.timeframes[0].seconds <= x.feeds[contract.feed].closed_sec:
+    start = start_of(t, 0, r.ts_event_ns // NS)
+    if start + arena.timeframes(t)[0].seconds <= arena.feeds(t)[contract.feed].closed_sec:
         return False
-    b = x.bars[contract.entity, claim(x, contract.entity, 0, start)]
-    if t.ts_event_ns >= b.book_ns:
-        b.book_ns = t.ts_event_ns
-        b.bid_price = t.bid_px
-        b.bid_size = t.bid_sz
-        b.ask_price = t.ask_px
-        b.ask_size = t.ask_sz
-        if not np.isnan(t.price):
-            b.book_imbalance_5 = t.price
+    b = arena.bars(t)[contract.entity, claim(t, contract.entity, 0, start)]
+    if r.ts_event_ns >= b.book_ns:
+        b.book_ns = r.ts_event_ns
+        b.bid_price = r.bid_px
+        b.bid_size = r.bid_sz
+        b.ask_price = r.ask_px
+        b.ask_size = r.ask_sz
+        if not np.isnan(r.price):
+            b.book_imbalance_5 = r.price
     return True
 
 
 @jit
-def take_ticker(x: Arrays, c: int, t: Row) -> bool:
+def take_ticker(t: Rows, c: int, r: Row) -> bool:
     """A TICKER row into the candle that it is in; False when that has closed."""
-    contract = x.contracts[c]
+    contract = arena.contracts(t)[c]
     if contract.entity == NONE:
         return True
-    start = start_of(x, 0, t.ts_event_ns // NS)
-    if start + x.timeframes[0].seconds <= x.feeds[contract.feed].closed_sec:
+    start = start_of(t, 0, r.ts_event_ns // NS)
+    if start + arena.timeframes(t)[0].seconds <= arena.feeds(t)[contract.feed].closed_sec:
         return False
-    b = x.bars[contract.entity, claim(x, contract.entity, 0, start)]
-    if t.ts_event_ns >= b.ticker_ns:
-        b.ticker_ns = t.ts_event_ns
-        if not np.isnan(t.bid_px):
-            b.mark_price = t.bid_px
-        if not np.isnan(t.ask_px):
-            b.index_price = t.ask_px
-        if not np.isnan(t.size):
-            b.open_interest = t.size
-        if not np.isnan(t.bid_sz):
-            b.funding_rate = t.bid_sz
+    b = arena.bars(t)[contract.entity, claim(t, contract.entity, 0, start)]
+    if r.ts_event_ns >= b.ticker_ns:
+        b.ticker_ns = r.ts_event_ns
+        if not np.isnan(r.bid_px):
+            b.mark_price = r.bid_px
+        if not np.isnan(r.ask_px):
+            b.index_price = r.ask_px
+        if not np.isnan(r.size):
+            b.open_interest = r.size
+        if not np.isnan(r.bid_sz):
+            b.funding_rate = r.bid_sz
     return True
 
 
 @jit
-def take_liquidation(x: Arrays, c: int, t: Row) -> bool:
+def take_liquidation(t: Rows, c: int, r: Row) -> bool:
     """A LIQUIDATION row into the candle that it is in; False when that has closed."""
-    contract = x.contracts[c]
+    contract = arena.contracts(t)[c]
     if contract.entity == NONE:
         return True
-    start = start_of(x, 0, t.ts_event_ns // NS)
-    if start + x.timeframes[0].seconds <= x.feeds[contract.feed].closed_sec:
+    start = start_of(t, 0, r.ts_event_ns // NS)
+    if start + arena.timeframes(t)[0].seconds <= arena.feeds(t)[contract.feed].closed_sec:
         return False
-    b = x.bars[contract.entity, claim(x, contract.entity, 0, start)]
-    if t.side > 0:
-        b.liquidated_short_volume += t.size
+    b = arena.bars(t)[contract.entity, claim(t, contract.entity, 0, start)]
+    if r.side > 0:
+        b.liquidated_short_volume += r.size
     else:
-        b.liquidated_long_volume += t.size
+        b.liquidated_long_volume += r.size
     return True

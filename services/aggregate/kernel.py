@@ -113,7 +113,9 @@ def _room(x: Arrays) -> bool:
 
 
 @jit
-def _flush(x: Arrays, f: int) -> bool:
+def flush(table: Rows, f: int) -> bool:
+    """Emit every corrected row again; False when the output is full (drain, call again)."""
+    x = open_arrays(table)
     feed = x.feeds[f]
     if feed.dirty_from_sec == NONE:
         return True
@@ -139,14 +141,16 @@ def _flush(x: Arrays, f: int) -> bool:
                         emit_1s(x, f, c, closed)
                 c = x.contracts[c].next
     feed.dirty_from_sec = feed.closed_sec + 1  # these are done, should the output be full
-    if not flush_bars(x, f):
+    if not flush_bars(table, f):
         return False
     feed.dirty_from_sec = NONE
     return True
 
 
 @jit
-def _advance(x: Arrays, f: int, to_sec: int) -> bool:
+def advance(table: Rows, f: int, to_sec: int) -> bool:
+    """Close every second of feed `f` before `to_sec`; False when the output is full (drain, call again)."""
+    x = open_arrays(table)
     feed = x.feeds[f]
     size = x.ring.shape[1]
     base = x.timeframes[0].seconds
@@ -157,7 +161,7 @@ def _advance(x: Arrays, f: int, to_sec: int) -> bool:
         # Corrections wait (for more late trades) until the next candle closes: its features build on them.
         end = feed.closed_sec + 1
         if feed.dirty_from_sec != NONE and end % base == 0:
-            if not _flush(x, f):
+            if not flush(table, f):
                 return False
             continue
         if feed.closed_sec > quiet and to_sec - feed.closed_sec > size and feed.dirty_from_sec == NONE:
@@ -168,7 +172,7 @@ def _advance(x: Arrays, f: int, to_sec: int) -> bool:
                     close_second(x, f, k, feed.closed_sec)
         feed.closed_sec = end
         if end % base == 0:
-            close_bars(x, f, end)
+            close_bars(table, f, end)
     return True
 
 
@@ -284,7 +288,7 @@ def _feed_of(feeds: Rows, key: int) -> int:
 
 
 @jit_inline
-def _trade(x: Arrays, i: int, t: Row, c: int, late: Rows) -> None:
+def _trade(x: Arrays, table: Rows, i: int, t: Row, c: int, late: Rows) -> None:
     """Classify one accepted trade and fold it in, or hand it to the late ledger."""
     p = x.params[0]
     contract = x.contracts[c]
@@ -325,9 +329,9 @@ def _trade(x: Arrays, i: int, t: Row, c: int, late: Rows) -> None:
         contract.previous_px = contract.last_px
         contract.last_px = price
     if contract.ring == NONE:
-        start = start_of(x, 0, sec)
+        start = start_of(table, 0, sec)
         leaf_late = start + x.timeframes[0].seconds <= feed.closed_sec
-        b = x.bars[contract.entity, claim(x, contract.entity, 0, start)]
+        b = x.bars[contract.entity, claim(table, contract.entity, 0, start)]
         signed = _put(b, b.trades == 0, t, side, root.big_size, bid, ask, bid_sz, ask_sz)
     else:
         leaf_late = is_late
@@ -355,29 +359,29 @@ def _trade(x: Arrays, i: int, t: Row, c: int, late: Rows) -> None:
             _correct(x, f, c, sec, signed, t.size)
         else:
             _dirty(feed, sec)
-        correct_bars(x, f, c, sec, signed)
+        correct_bars(table, f, c, sec, signed)
 
 
 @jit_inline
-def _state(x: Arrays, c: int, t: Row) -> None:
+def _state(x: Arrays, table: Rows, c: int, t: Row) -> None:
     """Books, tickers and liquidations stand beside the fixed candles."""
     known = True
     if t.kind == BOOK:
-        known = take_quote(x, c, t)
+        known = take_quote(table, c, t)
     elif t.kind == TICKER:
-        known = take_ticker(x, c, t)
+        known = take_ticker(table, c, t)
     elif t.kind == LIQUIDATION:
-        known = take_liquidation(x, c, t)
+        known = take_liquidation(table, c, t)
     if not known:
         x.counters[LATE_STATE] += 1
 
 
 @jit_inline
-def _reach(x: Arrays, f: int, mark: int) -> bool:
+def _reach(x: Arrays, table: Rows, f: int, mark: int) -> bool:
     """The feed's watermark is at least `mark`; False when the output is full."""
     feed = x.feeds[f]
     if mark > feed.watermark_ns:
-        if mark >= (feed.closed_sec + 1) * NS and not _advance(x, f, mark // NS):
+        if mark >= (feed.closed_sec + 1) * NS and not advance(table, f, mark // NS):
             return False
         feed.watermark_ns = mark
     return True
@@ -395,7 +399,7 @@ def run(ticks: Rows, start: int, table: Rows, late: Rows) -> int:
         t = ticks[i]
         if t.kind == CLOCK:
             f = _feed_of(x.feeds, t.instrument)
-            if f != NONE and not _reach(x, f, t.ts_event_ns):
+            if f != NONE and not _reach(x, table, f, t.ts_event_ns):
                 return i
             continue
         if t.part != 0:
@@ -410,23 +414,11 @@ def run(ticks: Rows, start: int, table: Rows, late: Rows) -> int:
             if x.contracts[c].entity == NONE:
                 x.counters[WANTED] = c + 1
                 return i
-            if not _reach(x, f, t.ts_event_ns - x.feeds[f].grace_ns):
+            if not _reach(x, table, f, t.ts_event_ns - x.feeds[f].grace_ns):
                 return i
-            _trade(x, i, t, c, late)
+            _trade(x, table, i, t, c, late)
         else:
-            if t.kind == BOOK and not _reach(x, f, t.ts_event_ns - x.feeds[f].grace_ns):
+            if t.kind == BOOK and not _reach(x, table, f, t.ts_event_ns - x.feeds[f].grace_ns):
                 return i
-            _state(x, c, t)
+            _state(x, table, c, t)
     return len(ticks)
-
-
-@jit
-def advance(table: Rows, f: int, to_sec: int) -> bool:
-    """Close every second of feed `f` before `to_sec`; False when the output is full (drain, call again)."""
-    return bool(_advance(open_arrays(table), f, to_sec))
-
-
-@jit
-def flush(table: Rows, f: int) -> bool:
-    """Emit every corrected row again; False when the output is full (drain, call again)."""
-    return bool(_flush(open_arrays(table), f))
