@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import kernel, latency, machine, pipeline
+from benchmarks import kernel, latency, machine, pipeline, tardis
 
-PARTS = {"kernel": kernel.run, "pipeline": pipeline.run, "latency": latency.run}
+PARTS = {"kernel": kernel.run, "pipeline": pipeline.run, "latency": latency.run, "tardis": tardis.run}
 
 
 def main(wanted: list[str]) -> None:

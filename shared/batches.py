@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,33 +16,20 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.frames import CANDLE, LATE, NS, PACKED, UNREADABLE, Frame, Rows, reason_of
-from shared.messages import Gap, decode
+from shared.frames import CANDLE, CLOCK, FIXED, LATE, PACKED, TICK_FRAMES, UNREADABLE, Frame, Rows, reason_of
+from shared.messages import Gap, Instrument, decode
+from shared.tables import TABLES, Table
+from shared.timeframes import LONGEST_SEC
 
-# Columns of candles_1m and candles_1s, in the order of every store.
-CANDLE_COLUMNS = (
-    "time", "ticker", "symbol",
-    *(name for name in CANDLE.names or () if name not in ("time_ns", "name", "timestamp_out_ns")),
-    "timestamp_out", "latency_ms",
-)  # fmt: skip
 DEAD_BYTES = 48 << 10
 _NEVER, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A candle table: its name, its key's first column, and the ns from its `time` to the window's end."""
-
-    name: str
-    key: str
-    to_end_ns: int
-
-
-TABLES = {"candle_1m": Table("candles_1m", "ticker", 0), "candle_1s": Table("candles_1s", "symbol", NS)}
-
-
 class Source(NamedTuple):
-    """Where on the bus something came from; `bus` is the bus's identity."""
+    """Where on the bus something came from; `bus` is the bus's identity.
+
+    On `ticks`, where several producers count each for itself, `seq` orders nothing: `id` does.
+    """
 
     bus: str
     topic: str
@@ -58,6 +45,16 @@ class Cursor(NamedTuple):
     stream_id: str
 
 
+class Rewind(NamedTuple):
+    """What a store forgets of a stream whose tail Redis has lost.
+
+    Of a stage's topic all from `source.seq` on, of `ticks` all behind the entry `after`.
+    """
+
+    source: Source
+    after: str
+
+
 CursorKey = tuple[str, str, int]  # bus identity, topic, partition
 
 
@@ -67,7 +64,8 @@ class Item:
 
     `frame` is None for an entry that is no frame (`problem` says why, `raw` is its body). `rewound`:
     the first entry read again after the bus lost its tail; the store forgets what it has of this
-    stream from this sequence on, for that may be of the lost tail. `epoch` is the reader's.
+    stream from here on, for that may be of the lost tail (on `ticks`: what it has behind the entry
+    `after`). `epoch` is the reader's. `instruments`: those of the partition, for tick rows.
     """
 
     source: Source
@@ -76,11 +74,15 @@ class Item:
     problem: str = ""
     rewound: bool = False
     epoch: int = 0
+    after: str = "0-0"
+    instruments: Mapping[int, Instrument] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
         """About its rows, by its bytes (the count that it claims may be garbage)."""
-        return 1 + len(self.frame.body if self.frame else self.raw) // CANDLE.itemsize
+        if self.frame is None:
+            return 1 + len(self.raw) // CANDLE.itemsize
+        return 1 + len(self.frame.body) // PACKED.get(self.frame.kind, CANDLE).itemsize
 
 
 @dataclass(slots=True)
@@ -96,46 +98,55 @@ class DeadLetter:
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows of one frame with its names."""
+    """Rows of one frame with its names; tick rows with the instruments that they may be of."""
 
     source: Source
     rows: Rows
     names: list[tuple[str, str]]
+    instruments: Mapping[int, Instrument] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Batch:
-    """What one transaction writes, in bus order per stream, and the cursors behind it."""
+    """What one transaction writes, in bus order per stream, and the cursors behind it.
+
+    `candles` by frame kind. `mend`: the candles were computed again over complete history. Such a row
+    replaces a stored one that is no more complete, under a higher revision, if it differs in more than
+    the times of processing; what it lacks of HISTORY_COLUMNS stays as stored.
+    """
 
     candles: dict[str, list[Chunk]] = field(default_factory=dict)
     late: list[Chunk] = field(default_factory=list)
+    ticks: list[Chunk] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     dead: list[DeadLetter] = field(default_factory=list)
-    rewinds: list[Source] = field(default_factory=list)
+    rewinds: list[Rewind] = field(default_factory=list)
     cursors: dict[CursorKey, Cursor] = field(default_factory=dict)
     rows: int = 0
     ignored: int = 0
+    mend: bool = False
 
 
-def batch_of(items: Sequence[Item]) -> Batch:
+def batch_of(items: Sequence[Item], *, mend: bool = False) -> Batch:
     """Decode items into a batch."""
-    batch = Batch()
+    batch = Batch(mend=mend)
     for item in items:
         source = item.source
         if item.rewound:
-            batch.rewinds.append(source)
+            batch.rewinds.append(Rewind(source, item.after))
         if item.frame is None:
             batch.dead.append(_dead_frame(item, item.problem))
         else:
-            problem = _decode(item.frame, source, batch)
+            problem = _decode(item, item.frame, batch)
             if problem:
                 batch.dead.append(_dead_frame(item, problem))
         batch.cursors[source.bus, source.topic, source.partition] = Cursor(source.seq, source.id)
     return batch
 
 
-def _decode(frame: Frame, source: Source, batch: Batch) -> str:
+def _decode(item: Item, frame: Frame, batch: Batch) -> str:
     """Add the frame to the batch, or say what is wrong with it."""
+    source, raw = item.source, item.source.topic == "ticks"
     if frame.kind == UNREADABLE:
         return reason_of(frame)
     if frame.kind not in PACKED:
@@ -148,11 +159,21 @@ def _decode(frame: Frame, source: Source, batch: Batch) -> str:
             return "a gap whose times cannot be"
         batch.gaps += gaps
         batch.rows += len(gaps)
-        batch.ignored += len(messages) - len(gaps)
+        # What ingest says beside its records (instruments, clocks) is no row of any table.
+        batch.ignored += 0 if raw else len(messages) - len(gaps)
         return ""
     dtype = PACKED[frame.kind]
+    if raw and frame.kind in TICK_FRAMES:
+        if len(frame.body) % dtype.itemsize:
+            return f"{len(frame.body)} bytes are no rows of kind '{frame.kind}'"
+        rows = frame.rows()
+        batch.ticks.append(Chunk(source, rows, [], item.instruments))
+        batch.rows += int(np.count_nonzero((rows["kind"] != CLOCK) & (rows["part"] == 0)))
+        return ""
     if len(frame.body) != frame.count * dtype.itemsize:
         return f"{len(frame.body)} bytes are not {frame.count} rows of kind '{frame.kind}'"
+    if raw:
+        return f"no table takes rows of kind '{frame.kind}' from 'ticks'"
     if frame.kind in TABLES:
         chunks = batch.candles.setdefault(frame.kind, [])
     elif frame.kind == "late_trade":
@@ -241,6 +262,8 @@ def _possible(rows: Rows) -> NDArray[np.bool_]:
         fine = (tick["ts_event_ns"] != _NEVER) & (np.abs(tick["side"].astype(np.int64)) <= 1)
     else:
         fine = (rows["time_ns"] != _NEVER) & (rows["timestamp_out_ns"] != _NEVER)
+        if rows.dtype == FIXED:
+            fine &= (rows["timeframe_sec"] > 0) & (rows["timeframe_sec"] <= LONGEST_SEC)
     return fine
 
 
@@ -250,16 +273,17 @@ def newest(joined: Joined, table: Table) -> tuple[NDArray[np.int64], NDArray[np.
     `last` marks, in that order, the row of each key that wins: the highest revision, of these the
     last that came. `group` numbers the keys in that order.
     """
-    which = 0 if table.key == "ticker" else 1
-    ids: dict[str, int] = {}
-    numbers = [ids.setdefault(name[which], len(ids)) for name in joined.names] or [0]
-    key = np.asarray(numbers, np.int64)[joined.name]
-    time = joined.rows["time_ns"]
-    order = np.lexsort((joined.rows["revision"], time, key))
-    key, time = key[order], time[order]
-    differs = (key[1:] != key[:-1]) | (time[1:] != time[:-1])
+    which = [table.names.index(column) for column in table.key if column in table.names]
+    ids: dict[tuple[str, ...], int] = {}
+    numbers = [ids.setdefault(tuple(name[i] for i in which), len(ids)) for name in joined.names] or [0]
+    parts = [np.asarray(numbers, np.int64)[joined.name], joined.rows["time_ns"]]
+    if "timeframe" in table.key:
+        parts.append(joined.rows["timeframe_sec"])
+    order: NDArray[np.int64] = np.lexsort((joined.rows["revision"], *reversed(parts)))
+    ordered = [part[order] for part in parts]
+    differs: NDArray[np.bool_] = np.any([part[1:] != part[:-1] for part in ordered], axis=0)
     last = np.append(differs, True) if len(order) else np.zeros(0, np.bool_)
-    group = np.concatenate((np.zeros(min(1, len(order)), np.int64), np.cumsum(differs)))
+    group: NDArray[np.int64] = np.concatenate((np.zeros(min(1, len(order)), np.int64), np.cumsum(differs)))
     return order, last, group
 
 

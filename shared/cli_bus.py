@@ -43,7 +43,7 @@ def _print_status(found: Status) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"Redis {found.redis}, {found.partitions} partitions")
     for name, feed in found.feeds.items():
-        console.print(f"feed {name}: {_feed(feed, found.now_ms)}")
+        console.print(f"feed {name}: {_feed(feed, found.now_ms)}", markup=False)
     for stage, counted in found.counters.items():
         if counted:
             console.print(f"{stage}: " + ", ".join(f"{name} {value:,}" for name, value in counted.items()))
@@ -68,7 +68,7 @@ def _feed(feed: dict[str, Any], now_ms: int) -> str:
 
     parts = [str(feed.get("state", "?")) + (f" ({feed['detail']})" if feed.get("detail") else "")]
     if feed.get("published"):
-        parts.append(f"{feed['published']:,} trades published")
+        parts.append(f"{feed['published']:,} records published")
     if feed.get("last_event_ns"):
         parts.append(f"last event {iso(int(feed['last_event_ns']))[:23]}")
     if feed.get("at_ms"):
@@ -101,7 +101,7 @@ def _consumer(c: Consumer) -> tuple[str, ...]:
 
 @click.command()
 @click.argument("topic", type=click.Choice(TAIL_TOPICS))
-@click.option("--symbol", metavar="ES", help="Only this symbol, root or ticker.")
+@click.option("--symbol", metavar="ES", help="Only this symbol, root or ticker; BTC-USDT is BTCUSDT, too.")
 @click.option(
     "--from",
     "start",

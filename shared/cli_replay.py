@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shared.cli_common import echo_json, json_option, terminated
+from shared.errors import ConfigError
 from shared.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ class _Speed(click.ParamType[str]):
 
 
 @click.command()
-@click.argument(
-    "sources", nargs=-1, required=True, metavar="SOURCE...",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False, readable=True),
-)  # fmt: skip
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--store", metavar="URL", help="Where the rows go (default: TAPELINE_STORE).")
 @click.option(
     "--speed", type=_Speed(), default="max", show_default=True, metavar="N|max", help="Multiple of market time."
@@ -58,10 +56,19 @@ class _Speed(click.ParamType[str]):
 @json_option
 @click.pass_obj
 def replay(
-    app: App, *, sources: tuple[Path, ...], store: str | None, speed: str, aggregators: int, frame_records: int | None,
+    app: App, *, sources: tuple[str, ...], store: str | None, speed: str, aggregators: int, frame_records: int | None,
     redis_url: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Run DBN files through the whole pipeline into the store: the rows that live would have made.
+    """Run recorded markets through the whole pipeline into the store: the rows that live would have made.
+
+    SOURCE is one of these, in any mix:
+
+    \b
+      day.dbn, day.dbn.zst          Databento
+      day.ndjson[.gz|.zst]          normalized Tardis messages, as recorded
+      day.csv[.gz|.zst]             Tardis CSV downloads
+      tardis://EXCHANGE?symbols=A,B&from=DAY&to=DAY[&types=trades,quotes][&via=server]
+                                    CSV to be downloaded, or history through the server
 
     Repeating it is harmless. It ends when the last row is stored; Ctrl-C leaves nothing behind but
     the rows stored so far.
@@ -69,16 +76,22 @@ def replay(
     import msgspec
 
     from shared import replay as engine
+    from shared.sources import parse, programs
     from shared.stores_check import check_store
 
     settings = app.settings
     if store is not None:
         origin = {**settings.origin, "tapeline.store": "--store"}
         settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
+    try:
+        specs = tuple(parse(source) for source in sources)
+        programs(specs, speed)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
     check_store(settings.tapeline.store)
     signal.signal(signal.SIGTERM, terminated)
     plan = engine.Plan(
-        sources=sources,
+        sources=specs,
         state=Path(tempfile.mkdtemp(prefix="tapeline-replay-")),
         speed=speed,
         aggregators=aggregators,
@@ -86,16 +99,16 @@ def replay(
         redis=redis_url or "",
         namespace=f"replay-{uuid.uuid4().hex[:8]}" if redis_url else settings.tapeline.namespace,
     )
-    with _progress(as_json) as tell:
+    with progress(as_json) as tell:
         summary = engine.run(plan, settings, app.config, tell)
     if as_json:
         echo_json(summary)
     else:
-        _print_summary(summary, settings)
+        print_summary(summary, settings)
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """A moving line on a terminal, a plain one now and then off it; stderr is left to the one error line."""
     if quiet:
         yield lambda _: None
@@ -124,14 +137,19 @@ def _line(p: Progress) -> str:
     return f"published {p.published:,}, aggregated {p.aggregated:,}, rows stored {p.stored:,} of {p.made:,}"
 
 
-def _print_summary(s: Summary, settings: Settings) -> None:
+def print_summary(s: Summary, settings: Settings) -> None:
+    """For people."""
     from shared.log import Masker
 
     skipped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(s.skipped.items()) if n) or "none"
     click.echo(f"{s.trades:,} trades in {s.seconds:.1f} s ({s.trades_per_second:,.0f} trades/s); skipped: {skipped}")
+    others = ((s.books, "books"), (s.tickers, "tickers"), (s.liquidations, "liquidations"),
+              (s.option_summaries, "option summaries"))  # fmt: skip
+    if any(n for n, _ in others):
+        click.echo(", ".join(f"{n:,} {name}" for n, name in others))
     click.echo(
-        f"{s.candles_1m:,} candles_1m and {s.candles_1s:,} candles_1s rows, {s.late:,} late trades, "
-        f"{s.gaps:,} gaps, {s.dead_letters:,} dead letters"
+        f"{s.candles:,} candles, {s.candles_1m:,} candles_1m and {s.candles_1s:,} candles_1s rows, "
+        f"{s.late:,} late trades, {s.gaps:,} gaps, {s.dead_letters:,} dead letters"
     )
     click.echo(f"stored in {Masker(settings)(settings.tapeline.store)}")
 

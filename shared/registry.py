@@ -17,14 +17,27 @@ Service = Callable[[Settings, threading.Event, tuple[str, ...]], None]
 
 SERVICES = {
     "ingest-databento": "services.ingest.worker:run_databento",
+    "ingest-tardis": "services.ingest.worker:run_tardis",
     "ingest-synthetic": "services.ingest.worker:run_synthetic",
     "ingest-files": "services.ingest.worker:run_files",
+    "ingest-tardis-csv": "services.ingest.worker:run_tardis_csv",
+    "ingest-tardis-replay": "services.ingest.worker:run_tardis_replay",
+    "ingest-tardis-files": "services.ingest.worker:run_tardis_files",
     "aggregate": "services.aggregate.worker:run",
     "sink-sqlite": "services.sink_sqlite.worker:run",
+}
+# Of the services that play a tape: the source alone, `open(settings, args)`, see shared.sources.make.
+TAPES = {
+    "ingest-files": "services.ingest.worker:open_files",
+    "ingest-tardis-csv": "services.ingest.worker:open_tardis_csv",
+    "ingest-tardis-files": "services.ingest.worker:open_tardis_files",
+    "ingest-tardis-replay": "services.ingest.worker:open_tardis_replay",
 }
 # What else the CLI takes from a service without importing it statically.
 TOOLS = {
     "generate": "services.ingest.synthetic:generate",
+    "aggregate-stage": "services.aggregate.worker:AggregateStage",
+    "store-sqlite": "services.sink_sqlite.store:SqliteStore",
     "warm-aggregate": "services.aggregate.core:warm",
     "warm-ingest": "services.ingest.normalize:warm",
 }

@@ -17,7 +17,8 @@ from shared.bus import Bus
 from shared.errors import Unavailable
 from shared.keys import TOPICS
 from shared.settings import Settings
-from shared.status import Reader
+from shared.sources import SourceSpec, programs
+from shared.status import STAGES, Reader
 from shared.stores import read_rows
 from shared.supervise import Program, redis_program
 from shared.supervision import Supervision
@@ -31,7 +32,7 @@ FINAL = (0, 1, 2, 78)
 class Plan:
     """What to replay. `speed`: multiple of market time, `max` for none; `redis`: URL of another server than our own."""
 
-    sources: tuple[Path, ...]
+    sources: tuple[SourceSpec, ...]
     state: Path
     speed: str = "max"
     aggregators: int = 1
@@ -54,7 +55,12 @@ class Summary(msgspec.Struct):
     """What a replay did. `skipped`: reason -> records that were not published. All counts are of records."""
 
     trades: int = 0
+    books: int = 0
+    tickers: int = 0
+    liquidations: int = 0
+    option_summaries: int = 0
     skipped: dict[str, int] = {}
+    candles: int = 0
     candles_1m: int = 0
     candles_1s: int = 0
     late: int = 0
@@ -73,15 +79,20 @@ def settings_of(plan: Plan, settings: Settings) -> Settings:
     if plan.frame_records is not None:
         ingest = msgspec.structs.replace(ingest, frame_records=plan.frame_records)
     aggregate = msgspec.structs.replace(settings.aggregate, workers=plan.aggregators)
-    return replace(settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate)
+    # Downloads outlive the replay.
+    kept = settings.tardis.download_dir or str(Path(settings.tapeline.state_dir).absolute() / "tardis")
+    tardis = msgspec.structs.replace(settings.tardis, download_dir=kept)
+    return replace(settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis)
 
 
 def programs_of(plan: Plan) -> list[Program]:
-    """Redis (unless another is used), the reader of the files, the aggregators, the sink."""
-    sources = tuple(str(path.absolute()) for path in plan.sources)
+    """Redis (unless another is used), the readers of the sources, the aggregators, the sink.
+
+    Raises ConfigError for sources that cannot be replayed.
+    """
     return [
         *([] if plan.redis else [redis_program()]),
-        Program("ingest-files", ("ingest-files", "--speed", plan.speed, *sources), final=FINAL),
+        *(Program(service, (service, *args), final=FINAL) for service, args in programs(plan.sources, plan.speed)),
         Program("aggregate", ("aggregate",), plan.aggregators, final=FINAL),
         Program("sink-sqlite", ("sink-sqlite",), final=FINAL),
     ]
@@ -137,13 +148,14 @@ class Watch:
         """One look; raises WorkerError. A Redis that is just starting again is waited for."""
         processes = self._supervision.check()
         try:
-            self.progress = self._look(any(p.name == "ingest-files" and p.state == "EXITED" for p in processes))
+            readers = [p for p in processes if p.name.startswith("ingest-")]
+            left = bool(readers) and all(p.state == "EXITED" for p in readers)
+            self.progress = self._look(left or self._feeds_ended(len(readers)))
         except Unavailable:
             self.progress.drained = False
         return self.progress
 
-    def _look(self, ingest_left: bool) -> Progress:
-        ended = ingest_left or self._feeds_ended()
+    def _look(self, ended: bool) -> Progress:
         status = self._reader.read()
         p = Progress(drained=ended)
         for stream in status.streams:
@@ -156,11 +168,15 @@ class Watch:
                 p.stored += stream.records - min(behind, stream.records)
             if not stream.consumers or any(c.position != stream.newest for c in stream.consumers):
                 p.drained = False
+            # A sink of ticks may be there before the stage that has to read them, too.
+            if stream.topic == "ticks" and not {c.name for c in stream.consumers}.issuperset(STAGES):
+                p.drained = False
         return p
 
-    def _feeds_ended(self) -> bool:
+    def _feeds_ended(self, readers: int) -> bool:
+        """Whether each reader has told of its feed, and each feed has ended."""
         states = [feed.get("state") for feed in self._reader.feeds().values() if isinstance(feed, dict)]
-        return bool(states) and all(state == "ended" for state in states)
+        return len(states) >= readers > 0 and all(state == "ended" for state in states)
 
 
 def count(bus: Bus, settings: Settings, summary: Summary) -> None:
@@ -173,6 +189,10 @@ def count(bus: Bus, settings: Settings, summary: Summary) -> None:
                 kinds[key] = kinds.get(key, 0) + int(value)
     summary.dead_letters = len(read_rows(settings.tapeline.store, "dead_letters", {"bus": bus.identity()}))
     summary.trades = kinds.get("ticks:trade", 0)
+    summary.books, summary.tickers = kinds.get("ticks:book", 0), kinds.get("ticks:ticker", 0)
+    summary.liquidations = kinds.get("ticks:liquidation", 0)
+    summary.option_summaries = kinds.get("ticks:option_summary", 0)
+    summary.candles = kinds.get("candles:candle", 0)
     summary.candles_1m, summary.candles_1s = kinds.get("candles:candle_1m", 0), kinds.get("candles:candle_1s", 0)
     summary.late, summary.gaps = kinds.get("late:late_trade", 0), kinds.get("candles:gap", 0)
     for feed in bus.call("hkeys", bus.keys.feeds):

@@ -110,9 +110,13 @@ class Aggregate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Batches close by rows or age, whichever is first. `modes`: `candles`, `ticks` (the raw records), or both."""
+    """Batches close by rows or age, whichever is first. `modes`: `candles`, `ticks` (the raw records), or both.
+
+    `ohlc_bars`: keep the table of that name in step with `candles` (SQLite).
+    """
 
     modes: tuple[str, ...] = ("candles",)
+    ohlc_bars: bool = True
     batch_rows: int = 5000
     batch_ms: int = 250
 

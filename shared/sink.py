@@ -19,7 +19,7 @@ from shared.bus import Bus, worker_id
 from shared.errors import BusUnavailable, StoreUnavailable, TapelineError
 from shared.heartbeat import beat, leave
 from shared.settings import Settings
-from shared.sink_reader import Inbox, Reader
+from shared.sink_reader import MODES, Inbox, Reader
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ class Store(Protocol):
     def write(self, batch: Batch) -> int:
         """Write rows, dead letters and cursors in one transaction; returns the dead letters.
 
-        First forgets what `batch.rewinds` names: late trades and dead letters of that stream from
-        that sequence on. Writing a batch again changes nothing. Raises StoreUnavailable, and then
-        nothing of the batch is stored.
+        First forgets what `batch.rewinds` names: ticks, late trades and dead letters of that stream
+        from there on. Writing a batch again changes nothing, a mending one (Batch.mend) included.
+        Raises StoreUnavailable, and then nothing of the batch is stored.
         """
 
     def close(self) -> None: ...
@@ -72,10 +72,15 @@ def open_store(store: Store, stop: threading.Event) -> bool:
 class SinkLoop:
     """Moves all partitions into one open store until `stop` is set.
 
-    `counters`: rows, batches, dead_letters, rewinds, missing, ignored, store_waits.
+    Reads what `settings.sink.modes` names. `mend`: the candles were computed again over complete
+    history, see Batch. `counters`: rows, batches, dead_letters, rewinds, missing, ignored, store_waits.
     """
 
-    def __init__(self, bus: Bus, store: Store, service: str, settings: Settings, stop: threading.Event) -> None:
+    def __init__(
+        self, bus: Bus, store: Store, service: str, settings: Settings, stop: threading.Event, *, mend: bool = False
+    ) -> None:
+        self.mend = mend
+        self.topics = [topic for mode, topics in MODES.items() if mode in settings.sink.modes for topic in topics]
         self.bus, self.store, self.service, self.settings, self.stop = bus, store, service, settings, stop
         self.consumer = store.name
         self.worker = worker_id(service)
@@ -136,7 +141,7 @@ class SinkLoop:
         items = self.inbox.take(rows, seconds, patience)
         if not items:
             return False
-        batch = batch_of(items)
+        batch = batch_of(items, mend=self.mend)
         if not self._write(batch):
             return False
         for item in items:

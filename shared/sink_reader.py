@@ -1,8 +1,9 @@
 """The reading half of a sink: one thread per partition, from the store's cursor into the inbox.
 
 The store, not Redis, knows what is stored. When Redis has lost its tail (a power cut) or is another
-one (a wiped server, another replay), the reader sees it by the sequences and the bus's identity,
-reads the stream again from its start, and the store upserts.
+one (a wiped server, another replay), the reader sees it by the bus's identity and by the sequences, or
+where a topic has several producers by the entries' ids; it reads the stream again, and the store
+upserts and forgets what was only in the lost tail.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from shared.batches import Cursor, CursorKey, Item, Source
 from shared.bus import Bus
 from shared.errors import BusUnavailable, TapelineError
 from shared.frames import parse
+from shared.keys import TOPICS
+from shared.known_instruments import KnownInstruments
+from shared.sink_tail import START, after, entry, lost_entries, lost_tail, older, was_free
 
 log = logging.getLogger(__name__)
 
-# Topics that a store takes, and the stage whose output sequence their frames carry.
-TOPICS = {"candles": "aggregate", "late": "aggregate"}
+# What a sink reads in each of its modes; gaps come on `candles` and on `ticks` alike.
+MODES = {"candles": ("candles", "late"), "ticks": ("ticks",)}
+# The stage whose output sequence a topic's frames carry; others have several producers.
+STAGES = {"candles": "aggregate", "late": "aggregate"}
 READ_ENTRIES = 16
 TRIM_SECONDS = 1.0
-START = "0-0"
 MAX_SEQ = (1 << 63) - 1
 
 
@@ -78,6 +83,7 @@ class Hub(Protocol):
 
     bus: Bus
     consumer: str
+    topics: list[str]
     inbox: Inbox
     stop: threading.Event
     cursors: dict[CursorKey, Cursor]
@@ -89,7 +95,11 @@ class Hub(Protocol):
 
 @dataclass(slots=True)
 class Place:
-    """Where the reader stands in one stream. `acked` is what Redis has been told, `stored` what the writer says."""
+    """Where the reader stands in one stream.
+
+    `acked` is what Redis has been told, `stored` what the writer says. `rewound`, `after`: the next
+    item's, see Item.
+    """
 
     seq: int = 0
     id: str = START
@@ -97,31 +107,8 @@ class Place:
     stored: tuple[int, str] = (0, START)
     epoch: int = 0
     rewound: bool = False
+    after: str = START
     trimmed: float = 0.0
-
-
-def lost_tail(
-    seq: int, at: str, before: tuple[str, int | None] | None, first: tuple[str, int | None] | None, out_seq: int | None
-) -> str | None:
-    """Why the bus must have lost what a reader at sequence `seq`, entry `at` has read; None if it has not.
-
-    `before` is the stream's newest entry not after `at`, `first` its first one, each (id, sequence);
-    `out_seq` is the stage's newest output sequence. Trimming explains entries that are missing at the
-    start of a stream, never one that is missing behind an older one. An entry that is still there
-    settles it, whatever the sequences say: reading again would only come back to here.
-    """
-    if at == START:
-        return None
-    if before is not None:
-        same = before[0] == at and before[1] in (seq, None)
-        return None if same else f"entry {at} (sequence {seq}) is gone from the stream"
-    if first is None:
-        return f"the stream is empty, behind sequence {seq}"
-    if first[1] is not None and first[1] <= seq:
-        return f"the stream begins again at sequence {first[1]}, behind {seq}"
-    if out_seq is not None and out_seq < seq:
-        return f"its newest sequence is {out_seq}, behind {seq}"
-    return None
 
 
 class Reader:
@@ -132,7 +119,8 @@ class Reader:
 
     def __init__(self, hub: Hub, partition: int) -> None:
         self.hub, self.partition = hub, partition
-        self.places = {topic: Place() for topic in TOPICS}
+        self.places = {topic: Place() for topic in hub.topics}
+        self._known = KnownInstruments(partition)
         self._bus: Bus | None = None
         self._identity = ""
         self.healthy = False
@@ -190,6 +178,8 @@ class Reader:
             if self._identity:
                 log.warning("partition %d: this is another bus now; reading it from its start", self.partition)
                 self.hub.count("rewinds")
+            self._known = KnownInstruments(self.partition)
+            self._leave_others(bus)
             for topic, place in self.places.items():
                 cursor = self.hub.cursors.get((identity, topic, self.partition), Cursor(0, START))
                 place.seq, place.id = cursor
@@ -198,47 +188,73 @@ class Reader:
         for topic, place in self.places.items():
             self._check(bus, topic, place)
 
+    def _leave_others(self, bus: Bus) -> None:
+        """A topic that the store took in an earlier mode must not be held for it any more."""
+        for topic in TOPICS:
+            if topic not in self.places and bus.call(
+                "hdel", bus.keys.consumers(self.partition, topic), self.hub.consumer
+            ):
+                log.info("partition %d: '%s' is no longer held for this store", self.partition, topic)
+
     def _check(self, bus: Bus, topic: str, place: Place) -> None:
+        """Whether the stream goes on from our place; also registers the store as its consumer."""
         stream = bus.keys.stream(self.partition, topic)
-        consumers = bus.keys.consumers(self.partition, topic)
-        told = bus.call("hget", consumers, self.hub.consumer)
-        # First of all hold back trimming where the store needs the stream.
-        bus.done_with(self.partition, topic, self.hub.consumer, place.acked)
-        first = _entry(bus.call("xrange", stream, "-", "+", count=1))
-        before = _entry(bus.call("xrevrange", stream, max=place.id, min="-", count=1))
-        out_seq = bus.call("hget", bus.keys.meta(self.partition, TOPICS[topic]), "out_seq")
-        lost = lost_tail(place.seq, place.id, before, first, int(out_seq) if out_seq else None)
+        answer = bus.call("hget", bus.keys.consumers(self.partition, topic), self.hub.consumer)
+        told = answer.decode() if answer else None
+        # First of all hold back trimming where the store needs the stream, but say nothing newer than Redis
+        # knows: what it knows is what it has not lost.
+        bus.done_with(self.partition, topic, self.hub.consumer, older(place.acked, told or place.acked))
+        first = entry(bus.call("xrange", stream, "-", "+", count=1))
+        before = entry(bus.call("xrevrange", stream, max=place.id, min="-", count=1))
+        held = bus.call("xlen", stream)  # before the number ever added: what comes between must not hide a trimming
+        trimmed = int(bus.call("hget", bus.keys.info(self.partition, topic), "frames") or 0) > held
+        if topic in STAGES:
+            out_seq = bus.call("hget", bus.keys.meta(self.partition, STAGES[topic]), "out_seq")
+            why = lost_tail(place.seq, place.id, before, first, int(out_seq) if out_seq else None)
+            lost = (why, START) if why else None
+            follows = first is not None and first.seq == place.seq + 1
+        else:
+            lost, follows = lost_entries(place.id, before, told, trimmed), before is not None
         if lost:
+            why, restart = lost
             log.warning(
-                "partition %d: Redis has lost the end of '%s': %s; reading it again", self.partition, topic, lost
+                "partition %d: Redis has lost the end of '%s': %s; reading it again", self.partition, topic, why
             )
             self.hub.count("rewinds")
-            place.seq, place.id, place.acked = 0, START, START
+            place.seq, place.id, place.acked, place.after = 0, restart, restart, restart
             place.epoch, place.rewound = place.epoch + 1, True
-            bus.done_with(self.partition, topic, self.hub.consumer, START)
-        elif first and first[1] != place.seq + 1 and _after(first[0], place.id) and _was_free(told, place.id):
-            frames = int(bus.call("hget", bus.keys.info(self.partition, topic), "frames") or 0)
-            if frames > bus.call("xlen", stream):
-                # Only a store deleted, put back from a copy, or dropped as a consumer gets here.
-                log.error(
-                    "partition %d: '%s' was trimmed beyond this store (which holds up to sequence %d, the stream "
-                    "begins at %s): rows between may be missing; replay the tape to fill them",
-                    self.partition, topic, place.seq, first[1],
-                )  # fmt: skip
-                self.hub.count("missing")
+        elif first and not follows and after(first.id, place.id) and was_free(told, place.id) and trimmed:
+            # Only a store deleted, put back from a copy, or dropped as a consumer gets here.
+            log.error(
+                "partition %d: '%s' was trimmed beyond this store (which holds up to entry %s, sequence %d; the stream "
+                "begins at %s, sequence %s): rows between may be missing; replay the tape to fill them",
+                self.partition, topic, place.id, place.seq, first.id, first.seq,
+            )  # fmt: skip
+            self.hub.count("missing")
+        bus.done_with(self.partition, topic, self.hub.consumer, place.acked)
 
     # -- reading -----------------------------------------------------------------------------
 
     def _turn(self, bus: Bus) -> None:
-        streams = {bus.keys.stream(self.partition, topic): topic for topic in TOPICS}
+        streams = {bus.keys.stream(self.partition, topic): topic for topic in self.places}
         positions = {stream: self.places[topic].id for stream, topic in streams.items()}
         reply = bus.xread(positions, READ_ENTRIES, bus.limits.block_ms)
+        if reply and self._is_another(bus):
+            self._attach(bus)
+            return
         for stream, entries in _streams(reply):
             topic = streams[stream.decode()]
             for entry_id, fields in entries:
                 if not self._take(bus, topic, entry_id, fields):
                     return
         self._acknowledge(bus)
+
+    def _is_another(self, bus: Bus) -> bool:
+        """Whether Redis was emptied under us: where sequences say nothing, only the bus's identity tells."""
+        if all(topic in STAGES for topic in self.places):
+            return False
+        held = bus.call("hget", bus.keys.deployment, "id")
+        return held is None or held.decode() != self._identity
 
     def _take(self, bus: Bus, topic: str, entry_id: bytes, fields: dict[bytes, bytes]) -> bool:
         """Put one entry into the inbox; False when the reading has to start again elsewhere."""
@@ -251,7 +267,7 @@ class Reader:
         if frame is not None and not 0 < frame.seq <= MAX_SEQ:
             problem = f"a frame with the impossible sequence {frame.seq}"
             frame = None
-        if frame is not None and frame.seq <= place.seq:
+        if frame is not None and topic in STAGES and frame.seq <= place.seq:
             epochs = [p.epoch for p in self.places.values()]
             self._attach(bus)
             if [p.epoch for p in self.places.values()] != epochs:
@@ -263,7 +279,10 @@ class Reader:
             self.hub.count("sequence_steps_back")
         seq = frame.seq if frame is not None else place.seq
         source = Source(self._identity, topic, self.partition, seq, entry_id.decode())
-        item = Item(source, frame, fields.get(b"body", b"") if problem else b"", problem, place.rewound, place.epoch)
+        item = Item(
+            source, frame, fields.get(b"body", b"") if problem else b"", problem, place.rewound, place.epoch,
+            place.after, self._known.learn(bus, frame) if frame is not None and topic == "ticks" else {},
+        )  # fmt: skip
         while not self.hub.inbox.put(item, 0.2):
             if self.hub.stop.is_set():
                 return False
@@ -296,24 +315,3 @@ def _streams(reply: Any) -> Iterator[tuple[bytes, list[tuple[bytes, dict[bytes, 
             yield stream, [entry for group in groups for entry in group]
     else:
         yield from reply or ()
-
-
-def _entry(reply: Any) -> tuple[str, int | None] | None:
-    """(id, sequence) of the first entry of an XRANGE reply; sequence None where it has none."""
-    if not reply:
-        return None
-    entry_id, fields = reply[0]
-    try:
-        return entry_id.decode(), int(fields[b"seq"])
-    except (KeyError, ValueError):
-        return entry_id.decode(), None
-
-
-def _after(a: str, b: str) -> bool:
-    """Whether stream id a is newer than b."""
-    return tuple(map(int, a.split("-"))) > tuple(map(int, b.split("-")))
-
-
-def _was_free(told: bytes | None, at: str) -> bool:
-    """Whether trimming was free to pass `at`: Redis was told of a newer position, or had forgotten this consumer."""
-    return at != START if told is None else _after(told.decode(), at)

@@ -57,7 +57,7 @@ class WorkerState(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """All of it. `feeds`: feed -> what its ingest last said; `counters`: stage -> reason -> trades."""
+    """All of it. `feeds`: feed -> what its ingest last said; `counters`: stage -> reason -> records."""
 
     redis: str
     now_ms: int
@@ -130,7 +130,7 @@ class Reader:
         return sorted(out, key=lambda w: (w.service, w.worker))
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """What each stage counted over all partitions: trades taken, and those not, by reason."""
+        """What each stage counted over all partitions: records taken, and those not, by reason."""
         out: dict[str, dict[str, int]] = {}
         for stage in STAGES:
             total: dict[str, int] = {}

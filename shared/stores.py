@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from shared.errors import ConfigError, StoreUnavailable
 from shared.frames import NS, iso
+from shared.tables import TABLES, time_column
 
 SCHEMES = {
     "sqlite": "sqlite:///relative.db or sqlite:////absolute/path.db",
@@ -96,22 +97,26 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a table or view as dicts, in the order of its key.
 
-    `where` compares columns for equality; `since` <= time < `until` are ISO texts; `last` keeps the
-    newest rows by time. [] for a store or table that does not exist yet.
+    `where` compares columns for equality; `since` <= time < `until` are ISO texts of the table's time
+    column (`candles`: `timestamp_in`); `last` keeps the newest rows by it. [] for a store or
+    table that does not exist yet.
     """
     for name in (table, *(where or ())):
         if not _NAME.match(name):
             raise ConfigError(f"'{name}' is no table or column of a store")
     tests = [(f'"{column}" = ?', value) for column, value in (where or {}).items()]
-    tests += [("time >= ?", since)] if since is not None else []
-    tests += [("time < ?", until)] if until is not None else []
+    time = time_column(table)
+    tests += [(f'"{time}" >= ?', since)] if since is not None else []
+    tests += [(f'"{time}" < ?', until)] if until is not None else []
     filters = " WHERE " + " AND ".join(test for test, _ in tests) if tests else ""
     values: list[Any] = [value for _, value in tests]
     key = [c["name"] for c in sorted(_columns(url, table), key=lambda c: c["pk"]) if c["pk"]]
+    if table == "features":  # a view has no key of its own
+        key = list(TABLES["candle"].key)
     order = ", ".join(f'"{column}"' for column in key) or "1"
     source = f'"{table}"{filters}'
     if last is not None:
-        source = f"(SELECT * FROM {source} ORDER BY time DESC LIMIT ?)"  # noqa: S608
+        source = f"(SELECT * FROM {source} ORDER BY {time} DESC LIMIT ?)"  # noqa: S608
         values.append(last)
     return _select(url, table, f"SELECT * FROM {source} ORDER BY {order}", tuple(values))  # noqa: S608
 

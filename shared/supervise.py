@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shlex
 import sys
 import time
@@ -24,6 +25,7 @@ from shared.settings import SECTIONS, Settings, env_name, load
 
 # `-P`: whatever lies in the working directory is not mistaken for this program's packages.
 PYTHON = (sys.executable, "-P", "-m")
+_EXCHANGE = re.compile(r"[a-z0-9-]+")
 COMMAND = (*PYTHON, "shared.cli")
 # A worker gives up waiting for itself after 5 s (`tapeline run`), so nothing needs to be killed by force
 # in an orderly stop, and all of it stays within 10 s: workers together, then Redis.
@@ -99,17 +101,35 @@ def programs(settings: Settings) -> list[Program]:
     """
     out = [] if settings.redis.url else [redis_program()]
     known = sorted(
-        n.removeprefix("ingest-") for n in registry.SERVICES if n.startswith("ingest-") and n != "ingest-files"
+        n.removeprefix("ingest-") for n in registry.SERVICES if n.startswith("ingest-") and n not in registry.TAPES
     )
     for feed in dict.fromkeys(settings.tapeline.feeds):
         if feed not in known:
             where = settings.origin.get("tapeline.feeds", "default")
             raise ConfigError(f"{where}: no feed '{feed}' in tapeline.feeds; there are: {', '.join(known)}")
-        out.append(Program(f"ingest-{feed}", (f"ingest-{feed}",)))
-    out.append(Program("aggregate", ("aggregate",), settings.aggregate.workers))
+        if feed == "tardis":
+            out += [Program(f"ingest-tardis-{name}", ("ingest-tardis", name)) for name in _exchanges(settings)]
+        else:
+            out.append(Program(f"ingest-{feed}", (f"ingest-{feed}",)))
+    if "candles" in settings.sink.modes:  # else nobody reads what it makes, and its stream fills
+        out.append(Program("aggregate", ("aggregate",), settings.aggregate.workers))
     if settings.tapeline.store.startswith("sqlite:"):
         out.append(Program("sink-sqlite", ("sink-sqlite",)))
     return out
+
+
+def _exchanges(settings: Settings) -> list[str]:
+    """The exchanges of tardis.symbols: each has a process of its own."""
+    where = settings.origin.get("tardis.symbols", "default")
+    if not settings.tardis.symbols:
+        raise ConfigError(f"{where}: tardis.symbols is empty, but tapeline.feeds has tardis: name exchange:symbol")
+    found: dict[str, None] = {}
+    for entry in settings.tardis.symbols:
+        exchange, _, symbol = (part.strip() for part in entry.partition(":"))
+        if not _EXCHANGE.fullmatch(exchange) or not symbol:
+            raise ConfigError(f"{where}: '{entry}' in tardis.symbols is not exchange:symbol (binance:BTCUSDT)")
+        found[exchange] = None
+    return list(found)
 
 
 def render(chosen: list[Program], state: str, socket: str, command: tuple[str, ...]) -> str:

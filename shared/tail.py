@@ -5,21 +5,20 @@ Only looks: no position is stored and no consumer is registered.
 
 from __future__ import annotations
 
-import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
-import numpy as np
 
 from shared.bus import Bus
 from shared.errors import TapelineError
-from shared.frames import BUY, CLOCK, SELL, TRADE, Frame, iso
+from shared.frames import CLOCK, TICK_FRAMES, UNREADABLE, Frame, iso
 from shared.heartbeat import redis_now_ms
 from shared.instruments import feed_id
 from shared.messages import Clock, Disconnect, Gap, Instrument, decode
+from shared.records import Record, aliases, fixed, normal, number, rolling, tick, ticks
 
 # What can be tailed: the stream it is on.
 TOPIC_STREAM = {
@@ -29,7 +28,8 @@ TOPIC_STREAM = {
 READ_FRAMES = 64
 POLL_SECONDS = 0.05
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-Record = dict[str, Any]
+LOOK_AGAIN_SECONDS = 1.0
+SEEN = 4096
 
 
 def start_position(bus: Bus, text: str | None) -> str | None:
@@ -61,6 +61,7 @@ class Names:
         self._bus, self._partitions = bus, partitions
         self._instruments: dict[int, Instrument] = {}
         self._feeds: dict[int, str] = {}
+        self._look_again = 0.0
 
     def instrument(self, partition: int, number: int) -> Instrument | None:
         if number not in self._instruments:
@@ -70,9 +71,19 @@ class Names:
         return self._instruments.get(number)
 
     def feed(self, number: int) -> str:
-        if number not in self._feeds:
-            self._feeds = {feed_id(n.decode()): n.decode() for n in self._bus.call("hkeys", self._bus.keys.feeds)}
+        if number not in self._feeds and time.monotonic() >= self._look_again:
+            self._look_again = time.monotonic() + LOOK_AGAIN_SECONDS
+            names = {n.decode() for n in self._bus.call("hkeys", self._bus.keys.feeds)}
+            # A producer of several feeds reports as one: the others are known by their instruments.
+            names |= {i.feed for i in self.instruments()}
+            self._feeds = {feed_id(name): name for name in names}
         return self._feeds.get(number, str(number))
+
+    def instruments(self) -> Iterator[Instrument]:
+        """All that any feed has published."""
+        for partition in range(self._partitions):
+            for body in self._bus.call("hvals", self._bus.keys.instruments(partition)):
+                yield msgspec.json.decode(body, type=Instrument)
 
 
 class Tail:
@@ -80,18 +91,20 @@ class Tail:
 
     def __init__(self, bus: Bus, partitions: int, topic: str, symbol: str | None = None) -> None:
         self._bus, self._partitions, self._topic = bus, partitions, topic
-        self._symbol = symbol.upper() if symbol else None
+        self._symbol = normal(symbol) if symbol else None
         self._names = Names(bus, partitions)
+        self._seen: dict[Gap | Disconnect, None] = {}
 
     def records(self, start: str | None, follow: bool, stop: threading.Event) -> Iterator[Record]:
         """Each record as plain values (times both in ns and as ISO text), oldest arrival first."""
-        for partition, frame in self._frames(start, follow, stop):
+        for partition, frame in self.frames(start, follow, stop):
             for record in self._decode(partition, frame):
-                if self._symbol is None or self._symbol in record.pop("_about"):
-                    record.pop("_about", None)
+                about = record.pop("_about")
+                if self._symbol is None or about is None or self._symbol in about:
                     yield record
 
-    def _frames(self, start: str | None, follow: bool, stop: threading.Event) -> Iterator[tuple[int, Frame]]:
+    def frames(self, start: str | None, follow: bool, stop: threading.Event) -> Iterator[tuple[int, Frame]]:
+        """(partition, frame) of the topic's stream, oldest arrival first."""
         stream = TOPIC_STREAM[self._topic]
         at = {p: start or self._bus.last_id(p, stream) for p in range(self._partitions)}
         held: list[tuple[tuple[int, int], int, Frame]] = []
@@ -117,74 +130,70 @@ class Tail:
                 stop.wait(POLL_SECONDS)
 
     def _decode(self, partition: int, frame: Frame) -> Iterator[Record]:
-        if frame.kind == "trade":
-            if self._topic in ("ticks", "clocks"):
+        if frame.kind in TICK_FRAMES:
+            if self._topic == "ticks":
                 yield from self._ticks(partition, frame)
+            elif self._topic == "clocks":
+                for row in frame.rows():
+                    if row["kind"] == CLOCK:
+                        feed = self._names.feed(int(row["instrument"]))
+                        yield _clock(partition, feed, int(row["ts_event_ns"]), False)
         elif frame.kind in ("candle_1m", "candle_1s"):
-            yield from _candles(frame)
+            yield from rolling(frame)
+        elif frame.kind == "candle":
+            yield from fixed(frame)
         elif frame.kind == "late_trade":
             yield from self._late(partition, frame)
-        else:
+        elif frame.kind != UNREADABLE:
             yield from self._messages(frame)
 
     def _ticks(self, partition: int, frame: Frame) -> Iterator[Record]:
-        wanted = TRADE if self._topic == "ticks" else CLOCK
-        for row in frame.rows():
-            if row["kind"] != wanted:
-                continue
-            if wanted == CLOCK:
-                yield _clock(partition, self._names.feed(int(row["instrument"])), int(row["ts_event_ns"]), False)
-            else:
-                yield self._trade(partition, row)
-
-    def _trade(self, partition: int, row: Any) -> Record:
-        found = self._names.instrument(partition, int(row["instrument"]))
-        symbol = found.symbol if found else str(row["instrument"])
-        return {
-            "type": "trade", "time": iso(int(row["ts_event_ns"])), "ts_event_ns": int(row["ts_event_ns"]),
-            "ts_recv_ns": int(row["ts_recv_ns"]), "symbol": symbol, "root": found.root if found else None,
-            "price": _plain(row["price"]), "size": _plain(row["size"]), "side": _side(int(row["side"])),
-            "bid_px": _plain(row["bid_px"]), "bid_sz": _plain(row["bid_sz"]), "ask_px": _plain(row["ask_px"]),
-            "ask_sz": _plain(row["ask_sz"]), "sequence": int(row["sequence"]), "flags": int(row["flags"]),
-            "partition": partition, "_about": _about(symbol, found.root if found else None),
-        }  # fmt: skip
+        rows = frame.rows()
+        ids = set(rows["instrument"].tolist())
+        yield from ticks(rows, {number: self._names.instrument(partition, number) for number in ids}, partition)
 
     def _late(self, partition: int, frame: Frame) -> Iterator[Record]:
         for row in frame.rows():
             ticker, symbol = frame.names[int(row["name"])]
-            record = self._trade(partition, row["tick"])
+            number = int(row["tick"]["instrument"])
+            record = tick(row["tick"].reshape(1), self._names.instrument(partition, number), partition)
             behind = int(row["watermark_ns"]) - record["ts_event_ns"]
             record |= {
                 "type": "late_trade", "ticker": ticker, "symbol": symbol, "watermark": iso(int(row["watermark_ns"])),
                 "watermark_ns": int(row["watermark_ns"]), "late_seconds": behind / 1e9,
-                "_about": _about(symbol, ticker),
+                "_about": record["_about"] | aliases(record["exchange"] or "", symbol, ticker),
             }  # fmt: skip
             yield record
 
     def _messages(self, frame: Frame) -> Iterator[Record]:
         for message in decode(frame.body):
             if isinstance(message, Instrument) and self._topic == "instruments":
-                yield msgspec.to_builtins(message) | {"_about": _about(message.symbol, message.root)}
+                about = aliases(message.venue, message.symbol, message.root, message.ticker or message.root)
+                yield msgspec.to_builtins(message) | {"_about": about}
             elif isinstance(message, Clock) and self._topic == "clocks":
                 record = _clock(None, message.feed, message.watermark_ns, message.final)
                 yield record | {"watched_from_ns": message.watched_from_ns, "wall_ns": message.wall_ns}
-            elif isinstance(message, Gap) and self._topic == "gaps":
-                times = {"start": iso(message.start_ns), "end": iso(message.end_ns)}
-                yield msgspec.to_builtins(message) | times | {"_about": {s.upper() for s in message.symbols}}
-            elif isinstance(message, Disconnect) and self._topic == "gaps":
-                yield msgspec.to_builtins(message) | {"at": iso(message.at_ns), "_about": set()}
+            elif isinstance(message, Gap | Disconnect) and self._topic == "gaps" and self._new(message):
+                yield _gap(message)
+
+    def _new(self, message: Gap | Disconnect) -> bool:
+        """Every partition of the feed has it: the first one counts."""
+        if message in self._seen:
+            return False
+        if len(self._seen) >= SEEN:
+            del self._seen[next(iter(self._seen))]
+        self._seen[message] = None
+        return True
 
 
-def _candles(frame: Frame) -> Iterator[Record]:
-    for row in frame.rows():
-        ticker, symbol = frame.names[int(row["name"])]
-        record: Record = {"type": frame.kind, "time": iso(int(row["time_ns"])), "ticker": ticker, "symbol": symbol}
-        for name in row.dtype.names:
-            if name not in ("name", "complete"):
-                record[name] = _plain(row[name])
-        record["complete"] = bool(row["complete"])
-        record["_about"] = _about(symbol, ticker)
-        yield record
+def _gap(message: Gap | Disconnect) -> Record:
+    """A gap or disconnect without symbols is about each symbol."""
+    exchange = message.feed.rpartition(":")[2]
+    about = frozenset().union(*(aliases(exchange, s) for s in message.symbols)) if message.symbols else None
+    record: Record = msgspec.to_builtins(message) | {"_about": about}
+    if isinstance(message, Gap):
+        return record | {"start": iso(message.start_ns), "end": iso(message.end_ns)}
+    return record | {"at": iso(message.at_ns), "since": None if message.since_ns is None else iso(message.since_ns)}
 
 
 def _clock(partition: int | None, feed: str, watermark_ns: int, final: bool) -> Record:
@@ -194,57 +203,98 @@ def _clock(partition: int | None, feed: str, watermark_ns: int, final: bool) -> 
     }  # fmt: skip
 
 
-def _about(symbol: str, root: str | None) -> set[str]:
-    return {symbol.upper(), (root or symbol).upper()}
-
-
-def _side(side: int) -> str:
-    return {BUY: "buy", SELL: "sell"}.get(side, "none")
-
-
-def _plain(value: Any) -> int | float | None:
-    """Python numbers; undefined is None."""
-    if isinstance(value, np.integer):
-        return int(value)
-    number = float(value)
-    return None if math.isnan(number) else number
-
-
 def _order(entry_id: str) -> tuple[int, int]:
     ms, _, sequence = entry_id.partition("-")
     return int(ms), int(sequence)
 
 
-def number(value: float | None) -> str:
-    """As the exchange writes it: no exponent, no `.0`."""
-    if value is None:
-        return "-"
-    return f"{value:.10f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+def _tick_line(r: Record) -> str:
+    return f"{r['time']}  {label(r):<10} {_TICK_TEXT[r['type']](r)}".rstrip()
 
 
-def _trade_line(r: Record) -> str:
-    book = f"bid {number(r['bid_px'])} x {number(r['bid_sz'])}  ask {number(r['ask_px'])} x {number(r['ask_sz'])}"
+def label(r: Record) -> str:
+    """The symbol; with its exchange where the same symbol may stand for several."""
+    return f"{r['exchange']}:{r['symbol']}" if r.get("exchange") and ":" in (r.get("root") or ":") else str(r["symbol"])
+
+
+def _trade_text(r: Record) -> str:
     late = f"  {r['late_seconds']:.3f} s late" if r["type"] == "late_trade" else ""
-    return (
-        f"{r['time']}  {r['symbol']:<10} {number(r['price']):>12} x {number(r['size']):<6} {r['side']:<4}  {book}{late}"
+    return f"{number(r['price']):>12} x {number(r['size']):<6} {r['side']:<4}{_bbo(r)}{late}"
+
+
+def _bbo(r: Record) -> str:
+    if r["bid_px"] is None and r["ask_px"] is None:
+        return ""
+    return f"  bid {number(r['bid_px'])} x {number(r['bid_sz'])}  ask {number(r['ask_px'])} x {number(r['ask_sz'])}"
+
+
+def _book_text(r: Record) -> str:
+    sides = "  ".join(
+        f"{name} {number(levels[0][0])} x {number(levels[0][1])}" if levels else f"{name} -"
+        for name, levels in (("bid", r["bids"]), ("ask", r["asks"]))
     )
+    what = "quote" if r["depth"] == 1 else f"book of {r['depth']}"
+    return f"{what}  {sides}{_valued(r, {'imbalance': 'book_imbalance_5'})}"
+
+
+def _ticker_text(r: Record) -> str:
+    named = {
+        "last": "last_price", "mark": "mark_price", "index": "index_price", "open interest": "open_interest",
+        "funding": "funding_rate", "predicted": "predicted_funding_rate",
+    }  # fmt: skip
+    return f"ticker{_valued(r, named)}" + (f"  next funding {r['funding_time']}" if r["funding_time"] else "")
+
+
+def _liquidation_text(r: Record) -> str:
+    return f"liquidation  {number(r['price'])} x {number(r['size'])}  {r['liquidated'] or 'position'} liquidated"
+
+
+def _option_text(r: Record) -> str:
+    named = {
+        "last": "last_price", "mark": "mark_price", "underlying": "underlying_price", "IV": "mark_iv",
+        "open interest": "open_interest", "delta": "delta", "gamma": "gamma", "vega": "vega", "theta": "theta",
+    }  # fmt: skip
+    return f"option{_bbo(r)}{_valued(r, named)}"
+
+
+def _valued(r: Record, named: dict[str, str]) -> str:
+    return "".join(f"  {text} {number(r[name], 8)}" for text, name in named.items() if r[name] is not None)
+
+
+_TICK_TEXT: dict[str, Callable[[Record], str]] = {
+    "trade": _trade_text, "late_trade": _trade_text, "book": _book_text, "ticker": _ticker_text,
+    "liquidation": _liquidation_text, "option_summary": _option_text,
+}  # fmt: skip
+
+
+def ohlc(r: Record) -> str:
+    """`O 1 H 2 L 0.5 C 1.5`"""
+    return " ".join(
+        f"{letter} {number(r[name])}" for letter, name in zip("OHLC", ("open", "high", "low", "close"), strict=True)
+    )
+
+
+def marks(r: Record) -> str:
+    """What sets a candle apart."""
+    return ("" if r["complete"] else "  incomplete") + (f"  revision {r['revision']}" if r["revision"] else "")
 
 
 def _candle_line(r: Record) -> str:
-    prices = " ".join(
-        f"{letter} {number(r[name])}" for letter, name in zip("OHLC", ("open", "high", "low", "close"), strict=True)
-    )
-    marks = ("" if r["complete"] else "  incomplete") + (f"  revision {r['revision']}" if r["revision"] else "")
+    if r["type"] == "candle":
+        named = f"{r['timeframe']}  {label(r)}"
+    else:
+        named = f"{r['type'].removeprefix('candle_')}  {r['ticker']:<5} {r['symbol']:<8}"
     return (
-        f"{r['time'][:19]}Z  {r['type'].removeprefix('candle_')}  {r['ticker']:<5} {r['symbol']:<8} {prices}  "
-        f"V {number(r['volume'])}  vd {number(r['vd'])}  cvd {number(r['cvd_close'])}  n {r['trades']}{marks}"
+        f"{r['time'][:19]}Z  {named} {ohlc(r)}  "
+        f"V {number(r['volume'])}  vd {number(r['vd'])}  cvd {number(r['cvd_close'])}  n {r['trades']}{marks(r)}"
     )
 
 
 def _gap_line(r: Record) -> str:
-    if r["type"] == "disconnect":
-        return f"{r['at']}  {r['feed']} dropped: {r['reason']}"
     about = ", ".join(r.get("symbols", ())) or "all symbols"
+    if r["type"] == "disconnect":
+        suspect = f" ({about} suspect since {r['since']})" if r["since"] else ""
+        return f"{r['at']}  {r['feed']} dropped: {r['reason']}{suspect}"
     return f"{r['start']} .. {r['end']}  {r['feed']} gap ({about}): {r['reason']}"
 
 
@@ -259,6 +309,6 @@ def _instrument_line(r: Record) -> str:
 
 
 LINES: dict[str, Callable[[Record], str]] = {
-    "ticks": _trade_line, "late": _trade_line, "candles": _candle_line,
+    "ticks": _tick_line, "late": _tick_line, "candles": _candle_line,
     "gaps": _gap_line, "clocks": _clock_line, "instruments": _instrument_line,
 }  # fmt: skip

@@ -322,6 +322,8 @@ def _trade(x: Arrays, table: Rows, i: int, t: Row, c: int, late: Rows) -> None:
     if np.isnan(bid) and np.isnan(ask) and contract.quote_ns != NONE:
         # The feed gives no quotes with its trades: the newest of its books.
         bid, ask, bid_sz, ask_sz = contract.bid_px, contract.ask_px, contract.bid_sz, contract.ask_sz
+    bid_sz = 0.0 if np.isnan(bid_sz) else bid_sz
+    ask_sz = 0.0 if np.isnan(ask_sz) else ask_sz
     if side == 0:
         reference = contract.last_px if price != contract.last_px else contract.previous_px
         side = lee_ready(price, bid, ask, reference)

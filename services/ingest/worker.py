@@ -6,14 +6,24 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from services.ingest.normalize import warm
 from services.ingest.publisher import PublisherOutput
 from services.ingest.source import Source
 from shared.bus import worker_id
 from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
+from shared.messages import Instrument
 from shared.settings import Settings
 from shared.worker import wait_for_bus
+
+if TYPE_CHECKING:
+    from services.ingest.dbn_file import DbnFiles
+    from services.ingest.tardis_csv import TardisCsv
+    from services.ingest.tardis_file import TardisFiles
+    from services.ingest.tardis_replay import TardisReplay
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +39,53 @@ class Feed:
     tape: str = ""
 
 
+class Tape(Source, Protocol):
+    """A source that ends; `tape` names what it plays, the same in every run."""
+
+    tape: str
+
+
 def run_files(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
     """Play DBN files: `[--speed N|max] FILE...`; returns at the end of the tape."""
+    _play(settings, stop, open_files(settings, args), args)
+
+
+def open_files(settings: Settings, args: tuple[str, ...]) -> DbnFiles:
+    """DBN files as a source: `[--speed N|max] FILE...`."""
     from services.ingest.dbn_file import DbnFiles  # noqa: PLC0415
 
-    paths, speed = _file_arguments(args)
-    source = DbnFiles(paths, settings.tapeline.partitions, speed=speed)
-    serve(settings, stop, Feed(source.feed, lambda _: source, speed is not None, tape=source.tape))
+    paths, speed = _tape_arguments("ingest-files wants DBN files: [--speed N|max] FILE...", args)
+    return DbnFiles(paths, settings.tapeline.partitions, speed=speed)
+
+
+def run_tardis_csv(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
+    """Play Tardis CSV files, downloading them first: `[--speed N|max] FILE|tardis://…...`; returns at the end."""
+    source = open_tardis_csv(settings, args, stop)
+    if not stop.is_set():
+        _play(settings, stop, source, args)
+
+
+def open_tardis_csv(settings: Settings, args: tuple[str, ...], stop: threading.Event | None = None) -> TardisCsv:
+    """Tardis CSV files as a source, downloaded if they are not there: `[--speed N|max] FILE|tardis://…...`."""
+    from services.ingest.tardis_csv import TardisCsv  # noqa: PLC0415
+    from services.ingest.tardis_download import local_files  # noqa: PLC0415
+
+    texts, speed = _tape_arguments("ingest-tardis-csv wants CSV files: [--speed N|max] FILE|tardis://…...", args)
+    return TardisCsv(local_files(texts, settings, stop), settings, speed=speed)
+
+
+def run_tardis_files(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
+    """Play recorded normalized Tardis messages: `[--speed N|max] FILE...`; returns at the end of the tape."""
+    _play(settings, stop, open_tardis_files(settings, args), args)
+
+
+def open_tardis_files(settings: Settings, args: tuple[str, ...]) -> TardisFiles:
+    """Files of normalized Tardis messages as a source: `[--speed N|max] FILE...`."""
+    from services.ingest.tardis_file import TardisFiles  # noqa: PLC0415
+
+    paths, speed = _tape_arguments("ingest-tardis-files wants NDJSON files: [--speed N|max] FILE...", args)
+    grace_ns = settings.tardis.grace_ms * 1_000_000
+    return TardisFiles(paths, settings.tapeline.partitions, grace_ns=grace_ns, speed=speed)
 
 
 def run_synthetic(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
@@ -64,6 +114,58 @@ def run_databento(settings: Settings, stop: threading.Event, args: tuple[str, ..
         return DatabentoLive(settings.databento, partitions, feed=name, history=history, published=out.published)
 
     serve(settings, stop, Feed(name, make, True, by_ordinal=False))
+
+
+def run_tardis(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
+    """Follow one exchange live through the tardis-machine server: `EXCHANGE`."""
+    from services.ingest.tardis_live import TardisLive  # noqa: PLC0415
+    from services.ingest.tardis_request import symbols_of  # noqa: PLC0415
+    from services.ingest.tardis_route import warm as warm_router  # noqa: PLC0415
+
+    if len(args) != 1:
+        there = ", ".join(symbols_of(settings.tardis.symbols))
+        raise ConfigError(f"ingest-tardis wants one EXCHANGE of tardis.symbols; there are: {there}")
+    exchange, partitions = args[0], settings.tapeline.partitions
+
+    def make(out: PublisherOutput) -> TardisLive:
+        return TardisLive(
+            settings.tardis, exchange, partitions,
+            published=out.published, instruments=lambda: _instruments(out),
+        )  # fmt: skip
+
+    TardisLive(settings.tardis, exchange, partitions)  # wrong settings are told before Redis is there
+    warm_router()
+    serve(settings, stop, Feed(f"tardis:{exchange}", make, True, by_ordinal=False))
+
+
+def run_tardis_replay(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
+    """Play history through the tardis-machine server: `[--speed N|max] tardis://…&via=server...`."""
+    _play(settings, stop, open_tardis_replay(settings, args), args)
+
+
+def open_tardis_replay(settings: Settings, args: tuple[str, ...]) -> TardisReplay:
+    """History through the tardis-machine server as a source: `[--speed N|max] tardis://…&via=server...`."""
+    from services.ingest.tardis_replay import TardisReplay  # noqa: PLC0415
+    from shared.sources import parse  # noqa: PLC0415
+
+    usage = "ingest-tardis-replay wants [--speed N|max] tardis://EXCHANGE?symbols=A,B&from=DAY&to=DAY&via=server..."
+    texts, speed = _tape_arguments(usage, args)
+    specs = [parse(text) for text in texts]
+    if any(spec.kind != "tardis-server" for spec in specs):
+        raise ConfigError(usage)
+    return TardisReplay(specs, settings, speed=speed)
+
+
+def _instruments(out: PublisherOutput) -> list[Instrument]:
+    """What the bus knows of the instruments of a feed."""
+    held = [body for p in range(out.partitions) for body in out.bus.call("hvals", out.bus.keys.instruments(p))]
+    found = [msgspec.json.decode(body, type=Instrument) for body in held]
+    return [instrument for instrument in found if instrument.feed == out.feed]
+
+
+def _play(settings: Settings, stop: threading.Event, source: Tape, args: tuple[str, ...]) -> None:
+    paced = _tape_arguments("", args)[1] is not None
+    serve(settings, stop, Feed(source.feed, lambda _: source, paced, tape=source.tape))
 
 
 def serve(settings: Settings, stop: threading.Event, feed: Feed) -> None:
@@ -120,7 +222,8 @@ def _rival(out: PublisherOutput, partitions: int) -> bool:
         return False  # asked again when Redis is back and refuses once more
 
 
-def _file_arguments(args: tuple[str, ...]) -> tuple[list[str], float | None]:
+def _tape_arguments(usage: str, args: tuple[str, ...]) -> tuple[list[str], float | None]:
+    """Tapes and speed; None is as fast as possible."""
     paths: list[str] = []
     speed: float | None = None
     rest = iter(args)
@@ -129,11 +232,11 @@ def _file_arguments(args: tuple[str, ...]) -> tuple[list[str], float | None]:
             text = arg.partition("=")[2] if "=" in arg else next(rest, "")
             speed = _speed(text)
         elif arg.startswith("--"):
-            raise ConfigError(f"ingest-files does not know {arg}; it takes [--speed N|max] FILE...")
+            raise ConfigError(f"{usage} ({arg} is unknown)")
         else:
             paths.append(arg)
     if not paths:
-        raise ConfigError("ingest-files wants DBN files: [--speed N|max] FILE...")
+        raise ConfigError(usage)
     return paths, speed
 
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.batches import CANDLE_COLUMNS, Chunk, DeadLetter, Joined, Table, dead_row, iso_texts, join, newest
+from shared.batches import Batch, Chunk, DeadLetter, Joined, dead_row, iso_texts, join, newest
 from shared.frames import iso
 from shared.messages import Gap
+from shared.tables import INSTANTS, TABLES, UNDEFINED, Table
+from shared.tick_records import SIDES, Records, records
+from shared.timeframes import name_of
 
 LATE_COLUMNS = (
     "bus", "partition", "bus_seq", "row", "ticker", "symbol", "ts_event", "ts_event_ns", "ts_recv_ns",
     "price", "size", "side", "watermark_ns",
 )  # fmt: skip
 GAP_COLUMNS = ("feed", "symbols", "start_ns", "end_ns", "start", "end", "reason")
-_PLAIN = CANDLE_COLUMNS[3:-2]
-_SIDES = np.array(["SELL", "UNKNOWN", "BUY"], object)
+
+_json = msgspec.json.Encoder()
 
 Values = tuple[Any, ...]
 
@@ -59,20 +63,39 @@ class Prepared:
     names: tuple[str, ...]
     rows: Bound
     spare: Bound
-    joined: Joined
     chunks: list[Chunk]
+    chunk: NDArray[np.int64]
+    row: NDArray[np.int64]
 
     def dead(self, rows: Bound, i: int, reason: str) -> DeadLetter:
         """The dead letter of a refused row."""
         at = int(rows.origin[i])
-        source = self.chunks[int(self.joined.chunk[at])].source
-        named = zip(self.names, rows.row(i), strict=True)
-        return dead_row(source, self.table, int(self.joined.row[at]), reason, named)
+        source = self.chunks[int(self.chunk[at])].source
+        return dead_row(source, self.table, int(self.row[at]), reason, zip(self.names, rows.row(i), strict=True))
 
 
-def candles(chunks: list[Chunk], table: Table) -> Prepared:
-    """Rows of candles_1m or candles_1s, one per key: the highest revision, of these the last."""
-    joined = join(chunks, table.name)
+def prepare(batch: Batch) -> tuple[list[Prepared], list[DeadLetter]]:
+    """All tables of a batch whose rows come packed, and the rows that were no rows."""
+    made: list[Prepared] = []
+    dead: list[DeadLetter] = []
+    for kind, chunks in batch.candles.items():
+        if chunks:
+            joined = join(chunks, TABLES[kind].name)
+            made.append(_candles(joined, chunks, TABLES[kind]))
+            dead += joined.dead
+    if batch.late:
+        joined = join(batch.late, "late_trades")
+        made.append(_late(joined, batch.late))
+        dead += joined.dead
+    if batch.ticks:
+        found, unsound = records(batch.ticks)
+        made += [_ticks(some, batch.ticks) for some in found]
+        dead += unsound
+    return made, dead
+
+
+def _candles(joined: Joined, chunks: list[Chunk], table: Table) -> Prepared:
+    """Rows of a candle table, one per key: the highest revision, of these the last."""
     order, last, group = newest(joined, table)
     if last.all():
         # No key twice, as most batches are: as they came, without a gather.
@@ -83,31 +106,38 @@ def candles(chunks: list[Chunk], table: Table) -> Prepared:
         rows, spare = (
             Bound(_candle_columns(joined, order[part], table), order[part], group[part]) for part in (last, ~last)
         )
-    return Prepared(table.name, CANDLE_COLUMNS, rows, spare, joined, chunks)
+    return Prepared(table.name, table.columns, rows, spare, chunks, joined.chunk, joined.row)
 
 
 def _candle_columns(joined: Joined, index: NDArray[np.int64] | None, table: Table) -> list[list[Any]]:
     rows = joined.rows
-    time_ns, out_ns, name = (_take(c, index) for c in (rows["time_ns"], rows["timestamp_out_ns"], joined.name))
+    time_ns, out_ns, end_ns, name = (
+        _take(c, index) for c in (rows["time_ns"], rows["timestamp_out_ns"], table.end_ns(rows), joined.name)
+    )
     names = np.empty((len(joined.names), 2), object)
     names[:] = joined.names or names
-    return [
-        iso_texts(time_ns, "s"),
-        names[name, 0].tolist(),
-        names[name, 1].tolist(),
-        *(_take(rows[column], index).tolist() for column in _PLAIN),
-        iso_texts(out_ns, "us"),
-        ((out_ns - time_ns - table.to_end_ns) / 1e6).tolist(),
-    ]
+    columns = {column: names[name, i].tolist() for i, column in enumerate(table.names)}
+    columns |= {column: _take(rows[column], index).tolist() for column in table.plain}
+    columns[table.time] = iso_texts(time_ns, "s")
+    if "timeframe" in table.columns:
+        columns["timeframe"] = _timeframes(_take(rows["timeframe_sec"], index))
+    columns["timestamp_out"] = iso_texts(out_ns, "us")
+    columns["latency_ms"] = ((out_ns - end_ns) / 1e6).tolist()
+    return [columns[column] for column in table.columns]
+
+
+def _timeframes(seconds: NDArray[np.int64]) -> list[str]:
+    different, index = np.unique(seconds, return_inverse=True)
+    texts = [name_of(each) for each in different.tolist()]
+    return [texts[i] for i in index.tolist()]
 
 
 def _take(column: NDArray[Any], index: NDArray[np.int64] | None) -> NDArray[Any]:
     return column if index is None else column[index]
 
 
-def late(chunks: list[Chunk]) -> Prepared:
+def _late(joined: Joined, chunks: list[Chunk]) -> Prepared:
     """Rows of late_trades, every one: equal trades are no duplicates."""
-    joined = join(chunks, "late_trades")
     rows, tick = joined.rows, joined.rows["tick"]
     sources = [chunks[i].source for i in joined.chunk.tolist()]
     names = [joined.names[i] for i in joined.name.tolist()]
@@ -123,12 +153,39 @@ def late(chunks: list[Chunk]) -> Prepared:
         tick["ts_recv_ns"].tolist(),
         tick["price"].tolist(),
         tick["size"].tolist(),
-        _SIDES[tick["side"].astype(np.int64) + 1].tolist(),
+        SIDES[tick["side"].astype(np.int64) + 1].tolist(),
         rows["watermark_ns"].tolist(),
     ]
-    every = np.arange(len(rows))
-    none = Bound([], every[:0], every[:0])
-    return Prepared("late_trades", LATE_COLUMNS, Bound(columns, every, every), none, joined, chunks)
+    return _all("late_trades", LATE_COLUMNS, columns, chunks, joined.chunk, joined.row)
+
+
+def _ticks(made: Records, chunks: list[Chunk]) -> Prepared:
+    """Rows of a tick table, every record; levels as JSON."""
+    columns = [_tick_column(name, made.columns[name]) for name in made.table.columns]
+    return _all(made.table.name, made.table.columns, columns, chunks, made.chunk, made.row)
+
+
+def _tick_column(name: str, values: Any) -> list[Any]:
+    if name in INSTANTS:
+        texts: list[Any] = iso_texts(values, INSTANTS[name])
+        return [None if at == UNDEFINED else text for at, text in zip(values.tolist(), texts, strict=True)]
+    if name in ("bids", "asks"):
+        return [_json.encode(levels).decode() for levels in values]
+    out: list[Any] = values.tolist() if isinstance(values, np.ndarray) else values
+    return out
+
+
+def _all(
+    table: str,
+    names: tuple[str, ...],
+    columns: list[list[Any]],
+    chunks: list[Chunk],
+    chunk: NDArray[np.int64],
+    row: NDArray[np.int64],
+) -> Prepared:
+    """Every row, none superseded."""
+    every = np.arange(len(row))
+    return Prepared(table, names, Bound(columns, every, every), Bound([], every[:0], every[:0]), chunks, chunk, row)
 
 
 def gap(message: Gap) -> Values:

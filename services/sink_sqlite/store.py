@@ -11,18 +11,31 @@ import operator
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from services.sink_sqlite.rows import GAP_COLUMNS, LATE_COLUMNS, Bound, Prepared, candles, gap, late
+from services.sink_sqlite.rows import Bound, Prepared, gap, prepare
 from services.sink_sqlite.schema import migrate
+from services.sink_sqlite.statements import (
+    BARS_OF_KEY,
+    BARS_OF_NEW,
+    CURSORS,
+    DEAD,
+    FORGET_DEAD,
+    FORGET_DEAD_TICKS,
+    FORGET_LATE,
+    FORGET_TICKS,
+    GAPS,
+    MEND,
+    WRITE,
+)  # fmt: skip
 from shared import faults
-from shared.batches import CANDLE_COLUMNS, TABLES, Batch, Cursor, CursorKey, DeadLetter, iso_texts
+from shared.batches import Batch, Cursor, CursorKey, DeadLetter, iso_texts
 from shared.errors import ConfigError, StoreUnavailable, TapelineError
+from shared.tables import TABLES
 
 log = logging.getLogger(__name__)
 
@@ -40,32 +53,17 @@ _WAIT = {
 _KEEP_CONNECTION = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
 
 
-def _upsert(table: str, columns: Sequence[str], key: Sequence[str], where: str = "") -> str:
-    names = ", ".join(f'"{c}"' for c in columns)
-    marks = ", ".join("?" * len(columns))
-    sets = ", ".join(f'"{c}" = excluded."{c}"' for c in columns if c not in key)
-    return f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT ({', '.join(key)}) DO UPDATE SET {sets} {where}"  # noqa: S608
-
-
-_CANDLES = {
-    t.name: _upsert(t.name, CANDLE_COLUMNS, (t.key, "time"), f"WHERE excluded.revision >= {t.name}.revision")
-    for t in TABLES.values()
-}
-_LATE = _upsert("late_trades", LATE_COLUMNS, LATE_COLUMNS[:4])
-_GAPS = _upsert("gaps", GAP_COLUMNS, ("feed", "start_ns", "end_ns", "symbols"))
-_CURSORS = _upsert("sink_cursors", ("bus", "topic", "partition", "seq", "stream_id"), ("bus", "topic", "partition"))
-_DEAD = """INSERT INTO dead_letters (at, bus, topic, partition, seq, stream_id, table_name, row_number, reason, row)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
-
-
 class SqliteStore:
-    """One database file, written by one thread. See `shared.sink.Store`."""
+    """One database file, written by one thread. See `shared.sink.Store`.
 
-    def __init__(self, path: str | Path, busy_seconds: float = BUSY_SECONDS) -> None:
+    `ohlc_bars`: keep that table in step with `candles`.
+    """
+
+    def __init__(self, path: str | Path, busy_seconds: float = BUSY_SECONDS, *, ohlc_bars: bool = True) -> None:
         self.path = Path(path)
         self.where = f"SQLite {self.path}"
         self.name = f"sqlite:{blake2b(os.fsencode(self.path.resolve()), digest_size=4).hexdigest()}"
-        self._busy_seconds = busy_seconds
+        self._busy_seconds, self._ohlc_bars = busy_seconds, ohlc_bars
         self._held: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
 
@@ -137,23 +135,20 @@ class SqliteStore:
             raise TapelineError(
                 f"{self.where} was removed or replaced while the sink had it open: start the sink again"
             )
-        prepared = [
-            (_CANDLES[TABLES[kind].name], candles(chunks, TABLES[kind]))
-            for kind, chunks in batch.candles.items()
-            if chunks
-        ]
-        if batch.late:
-            prepared.append((_LATE, late(batch.late)))
-        dead = list(batch.dead)
+        prepared, unsound = prepare(batch)
+        dead = batch.dead + unsound
         try:
             connection.execute("BEGIN IMMEDIATE")
             _forget(connection, batch)
-            for sql, rows in prepared:
-                dead += rows.joined.dead
-                dead += _insert(connection, sql, rows)
-            connection.executemany(_GAPS, [gap(message) for message in batch.gaps])
+            for rows in prepared:
+                sql = MEND.get(rows.table) if batch.mend else None
+                newest = _newest(connection) if rows.table == "candles" else 0
+                dead += _insert(connection, sql or WRITE[rows.table], rows)
+                if rows.table == "candles" and self._ohlc_bars:
+                    _follow(connection, rows, newest)
+            connection.executemany(GAPS, [gap(message) for message in batch.gaps])
             _bury(connection, dead)
-            connection.executemany(_CURSORS, [(*key, *cursor) for key, cursor in batch.cursors.items()])
+            connection.executemany(CURSORS, [(*key, *cursor) for key, cursor in batch.cursors.items()])
             faults.point("sink:before-commit")
             connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -200,14 +195,33 @@ def _code(error: sqlite3.Error) -> int | None:
 
 def _forget(connection: sqlite3.Connection, batch: Batch) -> None:
     """Rows that have no key of their own but their place on the bus, from a tail that Redis has lost."""
-    for source in batch.rewinds:
+    for source, after in batch.rewinds:
+        if source.topic == "ticks":
+            behind = (source.bus, source.partition, *map(int, after.split("-")))
+            for sql in (*FORGET_TICKS, FORGET_DEAD_TICKS):
+                connection.execute(sql, behind)
+            continue
         place = (source.bus, source.partition, source.seq)
         if source.topic == "late":
-            connection.execute("DELETE FROM late_trades WHERE bus = ? AND partition = ? AND bus_seq >= ?", place)
-        connection.execute(
-            "DELETE FROM dead_letters WHERE bus = ? AND partition = ? AND seq >= ? AND topic = ?",
-            (*place, source.topic),
-        )
+            connection.execute(FORGET_LATE, place)
+        connection.execute(FORGET_DEAD, (*place, source.topic))
+
+
+def _newest(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT coalesce(max(rowid), 0) FROM candles").fetchone()[0])
+
+
+def _follow(connection: sqlite3.Connection, candles: Prepared, newest: int) -> None:
+    """Bring ohlc_bars in step with the candles just written; `newest`: the newest rowid before them.
+
+    What stands in `candles` is copied, not what was to be written: a row may have been refused, or
+    have been older than the stored one.
+    """
+    if _newest(connection) - newest == len(candles.rows):
+        connection.execute(BARS_OF_NEW, (newest,))  # every row was new, as most are
+    else:
+        key = [candles.names.index(column) for column in TABLES["candle"].key]
+        connection.executemany(BARS_OF_KEY, zip(*(candles.rows.columns[i] for i in key), strict=True))
 
 
 def _insert(connection: sqlite3.Connection, sql: str, prepared: Prepared) -> list[DeadLetter]:
@@ -251,4 +265,4 @@ def _bury(connection: sqlite3.Connection, dead: list[DeadLetter]) -> None:
     if dead:
         now = iso_texts(np.array([time.time_ns()]), "us")[0]
         rows = [(now, *d.source[:3], d.source.seq, d.source.id, d.table, d.row, d.reason, d.body) for d in dead]
-        connection.executemany(_DEAD, rows)
+        connection.executemany(DEAD, rows)

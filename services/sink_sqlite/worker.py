@@ -15,11 +15,11 @@ SERVICE = "sink-sqlite"
 
 
 def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:  # noqa: ARG001
-    """Service entry: store candles, gaps and late trades of all partitions until stopped."""
+    """Service entry: store what `sink.modes` names of all partitions until stopped."""
     url = parse(settings.tapeline.store)
     if url.scheme != "sqlite":
         raise ConfigError(f"{SERVICE} writes sqlite:/// stores, TAPELINE_STORE is {url.shown}")
-    store = SqliteStore(url.path)
+    store = SqliteStore(url.path, ohlc_bars=settings.sink.ohlc_bars)
     # The store first: a wrong path is said at once, not when Redis comes up.
     if not open_store(store, stop):
         return

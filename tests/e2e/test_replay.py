@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,8 @@ import databento
 import pytest
 
 from tests.e2e.test_up import environ
+from tests.fakes.datasets import Datasets
+from tests.services.ingest.csvs import market, text, write, write_ndjson
 from tests.shared.test_cli import tapeline
 from tests.shared.test_supervise import below
 from tests.wait import until
@@ -199,3 +203,87 @@ def test_real_trades_minute_by_minute(shared_data: Path, tmp_path: Path) -> None
     assert len(minutes) == 60
     assert odd == 0
     assert trades == 2973
+
+
+KINDS = {
+    "trade": "trades", "book_snapshot": "books", "book_ticker": "books", "derivative_ticker": "tickers",
+    "liquidation": "liquidations", "option_summary": "option_summaries",
+}  # fmt: skip
+
+
+def sources(cwd: Path, name: str, *tapes: str) -> dict[str, Any]:
+    done = tapeline("replay", *tapes, "--store", f"sqlite:///{name}", "--json", cwd=cwd, TMPDIR=str(cwd))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    nothing_left(cwd)
+    return json.loads(done.stdout)
+
+
+def test_feeds_of_several_kinds_in_one_replay(tape: Path, tmp_path: Path) -> None:
+    """DBN and normalized crypto together; each candle is what each tape alone gives."""
+    messages = market(4000, step_us=80_000)
+    write_ndjson(tmp_path / "crypto.ndjson", messages)
+    found = sources(tmp_path, "both.db", "crypto.ndjson", str(tape))
+    alone = replay(tmp_path, tape, "dbn.db")
+    counts = Counter(KINDS[m["type"]] for m in messages)
+    counts["trades"] += alone["trades"]
+    assert {name: found[name] for name in counts} == dict(counts)
+    assert (found["gaps"], found["dead_letters"]) == (0, 0)
+    crypto = sources(tmp_path, "crypto.db", "crypto.ndjson")
+    held, parts = rows(tmp_path / "both.db"), [rows(tmp_path / name) for name in ("dbn.db", "crypto.db")]
+    assert crypto["candles_1m"] > 0
+    for name in ("candles_1m", "candles_1s"):
+        assert sorted(held[name], key=str) == sorted(parts[0][name] + parts[1][name], key=str)
+    # Repeating it into the same store is harmless.
+    assert sources(tmp_path, "both.db", str(tape), "crypto.ndjson")["trades"] == found["trades"]
+    again = rows(tmp_path / "both.db")
+    assert {t: again[t] for t in ("candles_1m", "candles_1s")} == {t: held[t] for t in ("candles_1m", "candles_1s")}
+
+
+def test_csv_gives_the_rows_of_the_messages(tmp_path: Path) -> None:
+    messages = market(4000, step_us=80_000)
+    write_ndjson(tmp_path / "crypto.ndjson", messages)
+    # Not named by the vendor: such a file ends with its last record, as the messages do.
+    named = [path.rename(tmp_path / f"{n}-{path.name}") for n, path in enumerate(write(tmp_path, messages))]
+    found = sources(tmp_path, "csv.db", *(path.name for path in named))
+    wanted = sources(tmp_path, "ndjson.db", "crypto.ndjson")
+    apart = ("seconds", "trades_per_second")
+    assert {k: v for k, v in found.items() if k not in apart} == {k: v for k, v in wanted.items() if k not in apart}
+    assert rows(tmp_path / "csv.db") == rows(tmp_path / "ndjson.db")
+    assert len(rows(tmp_path / "csv.db")["candles_1m"]) > 0
+
+
+def test_a_download_is_replayed_and_kept(tmp_path: Path) -> None:
+    trades = [m for m in market(4000, step_us=80_000) if m["type"] == "trade" and m["exchange"] == "deribit"]
+    archive = {("deribit", "trades", "2024-06-01", "BTC-PERPETUAL"): gzip.compress(text("trades", trades))}
+    url = "tardis://deribit?symbols=BTC-USD&from=2024-06-01&to=2024-06-02"
+    with Datasets(archive) as server:
+        line = ("replay", url, "--store", "sqlite:///d.db", "--json")
+        env = {"TAPELINE_TARDIS_DATASETS_URL": server.url, "TMPDIR": str(tmp_path)}
+        for _ in range(2):
+            done = tapeline(*line, cwd=tmp_path, **env)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["trades"] == len(trades)
+        assert len(server.asked) == 1
+        paid = tapeline(*(part.replace("06-02", "06-03") for part in line), cwd=tmp_path, **env)
+    assert paid.returncode == 78
+    assert re.fullmatch(r"tapeline: deribit trades of .* on 2024-06-02 needs a Tardis API key .*\n", paid.stderr)
+    assert [p.name for p in tmp_path.glob(".tapeline/tardis/*")] == ["deribit_trades_2024-06-01_BTC-PERPETUAL.csv.gz"]
+    nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ("databento://GLBX.MDP3?symbols=ES.FUT&from=2024-01-02&to=2024-01-03", 2, "download it as a .dbn file"),
+        ("tardis://deribit?symbol=BTC", 2, "unknown key 'symbol'"),
+        ("odd.csv", 1, "is no Tardis CSV file"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(tmp_path: Path, source: str, code: int, said: str) -> None:
+    (tmp_path / "odd.csv").write_text("time,price\n1,2\n")
+    done = tapeline("replay", source, "--store", "sqlite:///t.db", cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert said in done.stderr
+    nothing_left(tmp_path)

@@ -42,7 +42,8 @@ def tapeline(*args: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
 def test_every_command_is_there() -> None:
     top = {path[0] for path, _ in ALL}
     assert top == {
-        "up", "run", "replay", "generate", "tail", "status", "streams", "config", "doctor", "warm", "demo",
+        "up", "run", "replay", "backfill", "generate", "tail", "watch", "status", "streams", "config",
+        "doctor", "warm", "demo",
     }  # fmt: skip
     assert {"streams list", "streams info", "streams trim", "streams drop-consumer", "config show", "config check"} <= {
         " ".join(path) for path, _ in ALL

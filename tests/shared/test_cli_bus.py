@@ -11,7 +11,23 @@ import numpy as np
 import pytest
 
 from shared.bus import Bus, Step
-from shared.frames import CANDLE, CLOCK, LATE, NS, TICK, Frame
+from shared.frames import (
+    BOOK,
+    CANDLE,
+    CLOCK,
+    FEATURE_COLUMNS,
+    FIXED,
+    LATE,
+    LIQUIDATION,
+    NS,
+    OPTION,
+    STATE_COLUMNS,
+    TICK,
+    TICKER,
+    TRADE,
+    Frame,
+    tick_frame,
+)  # fmt: skip
 from shared.heartbeat import Beat, beat
 from shared.instruments import feed_id, instrument_id
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
@@ -162,6 +178,145 @@ def test_tail_candles_with_names_and_revisions(filled: Bus, tmp_path: Path) -> N
 def test_tail_of_the_other_topics(filled: Bus, tmp_path: Path, topic: str, says: str) -> None:
     assert says in run(filled, tmp_path, "tail", topic, "--no-follow")
     assert all(r["type"] for r in lines(run(filled, tmp_path, "tail", topic, "--no-follow", "--json")))
+
+
+DERIBIT = "deribit"
+PERP = Instrument(
+    id=instrument_id(DERIBIT, "BTC-PERPETUAL"), venue=DERIBIT, symbol="BTC-PERPETUAL", root="deribit:BTC",
+    feed="tardis-files:deribit", ticker="deribit:BTC-PERPETUAL",
+)  # fmt: skip
+CALL = Instrument(
+    id=instrument_id(DERIBIT, "BTC-28JUN24-70000-C"), venue=DERIBIT, symbol="BTC-28JUN24-70000-C", root="deribit:BTC",
+    feed="tardis-files:deribit", kind="C", strike=70000.0,
+)  # fmt: skip
+
+
+def tick_rows() -> Frame:
+    """One record of every kind, with a clock of the exchange's own feed between."""
+    rows = np.zeros(10, TICK)
+    rows["ts_event_ns"], rows["ts_recv_ns"], rows["instrument"] = T0, T0 + 5, PERP.id
+    for name in ("price", "size", "bid_px", "ask_px", "bid_sz", "ask_sz"):
+        rows[name] = np.nan
+    rows["kind"] = [BOOK, BOOK, CLOCK, TRADE, TICKER, LIQUIDATION, OPTION, OPTION, OPTION, BOOK]
+    rows["part"] = [0, 1, 0, 0, 0, 0, 0, 1, 2, 0]
+    rows["instrument"][6:9], rows["instrument"][2] = CALL.id, feed_id("tardis-files:deribit")
+    rows[["price", "size", "bid_px", "bid_sz", "ask_px", "ask_sz"]][:2] = [
+        (0.25, 2, 67000.5, 30, 67001, 10), (np.nan, np.nan, 67000, 40, np.nan, 0)
+    ]  # fmt: skip
+    rows[["price", "size", "side"]][3] = (67001, 120, 1)
+    rows[["price", "size", "bid_px", "ask_px", "bid_sz", "ask_sz", "sequence"]][4] = (
+        67001, 5e8, 67000.25, 66999.75, 0.0001, np.nan, T0 // NS + 3600,
+    )  # fmt: skip
+    rows[["price", "size", "side"]][5] = (66990, 10, 1)
+    rows[["price", "size", "bid_px", "bid_sz", "ask_px", "ask_sz"]][6] = (0.05, 33, 0.049, 1, 0.051, 2)
+    rows[["price", "size", "bid_px", "ask_px", "bid_sz", "ask_sz"]][7] = (0.0501, 67000, 48, 52, 50, 0.4)
+    rows[["price", "size", "bid_px", "ask_px"]][8] = (0.00002, 80, -60, 20)
+    rows[["size", "bid_px", "bid_sz", "ask_px", "ask_sz"]][9] = (1, 67000.5, 31, 67001, 11)
+    return tick_frame(rows, "tardis-files")
+
+
+@pytest.fixture
+def crypto(bus: Bus) -> Bus:
+    """A feed of several kinds of records, dropped and back again, in two partitions."""
+    bus.deploy(4)
+    for p in (0, 3):
+        fields = {str(i.id): msgspec.json.encode(i) for i in (PERP, CALL)}
+        bus.call("hset", bus.keys.instruments(p), mapping=fields)
+        drop = Disconnect("tardis-files:deribit", T0 + NS, "the exchange dropped", T0, ("BTC-PERPETUAL",))
+        gap = Gap("tardis-files:deribit", T0, T0 + 3 * NS, "the exchange dropped", ("BTC-PERPETUAL",))
+        publish(bus, p, message("disconnect", drop), message("gap", gap))
+    publish(bus, 3, tick_rows())
+    return bus
+
+
+def test_tail_ticks_shows_every_kind_of_record(crypto: Bus, tmp_path: Path) -> None:
+    found = lines(run(crypto, tmp_path, "tail", "ticks", "--no-follow", "--json"))
+    assert [r["type"] for r in found] == ["book", "trade", "ticker", "liquidation", "option_summary", "book"]
+    book, trade, ticker, liquidation, option, quote = found
+    assert (book["exchange"], book["symbol"], book["depth"], book["book_imbalance_5"]) == (
+        "deribit", "BTC-PERPETUAL", 2, 0.25,
+    )  # fmt: skip
+    assert (book["bids"], book["asks"]) == ([[67000.5, 30.0], [67000.0, 40.0]], [[67001.0, 10.0]])
+    assert (trade["price"], trade["size"], trade["side"], trade["bid_px"]) == (67001.0, 120.0, "buy", None)
+    assert (ticker["mark_price"], ticker["index_price"], ticker["funding_rate"]) == (67000.25, 66999.75, 0.0001)
+    assert (ticker["funding_time"], ticker["predicted_funding_rate"]) == ("2023-12-26T00:00:00Z", None)
+    assert liquidation["liquidated"] == "short"
+    assert (option["mark_iv"], option["delta"], option["gamma"], option["rho"]) == (50.0, 0.4, 0.00002, 20.0)
+    assert (quote["depth"], quote["book_imbalance_5"]) == (1, None)
+    text = run(crypto, tmp_path, "tail", "ticks", "--no-follow")
+    for said in (
+        "deribit:BTC-PERPETUAL book of 2  bid 67000.5 x 30  ask 67001 x 10  imbalance 0.25",
+        "67001 x 120    buy\n",
+        "ticker  last 67001  mark 67000.25  index 66999.75  open interest 500000000  funding 0.0001  next funding 2023",
+        "liquidation  66990 x 10  short liquidated",
+        "option  bid 0.049 x 1  ask 0.051 x 2  last 0.05  mark 0.0501  underlying 67000  IV 50",
+        "quote  bid 67000.5 x 31  ask 67001 x 11",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize("name", ["BTC-PERPETUAL", "btcperpetual", "deribit:BTC-PERPETUAL", "BTC"])
+def test_tail_of_a_symbol_however_written(crypto: Bus, tmp_path: Path, name: str) -> None:
+    found = lines(run(crypto, tmp_path, "tail", "ticks", "--no-follow", "--json", "--symbol", name))
+    assert {r["symbol"] for r in found} == {"BTC-PERPETUAL"}
+    assert run(crypto, tmp_path, "tail", "ticks", "--no-follow", "--symbol", f"{name}X") == ""
+
+
+def test_a_gap_of_all_partitions_is_told_once(crypto: Bus, tmp_path: Path) -> None:
+    found = lines(run(crypto, tmp_path, "tail", "gaps", "--no-follow", "--json"))
+    assert [(r["type"], r["symbols"]) for r in found] == [("disconnect", ["BTC-PERPETUAL"]), ("gap", ["BTC-PERPETUAL"])]
+    assert found[0]["since"] == "2023-12-25T23:00:00.000000000Z"
+    text = run(crypto, tmp_path, "tail", "gaps", "--no-follow", "--symbol", "deribit:BTC-PERPETUAL")
+    assert "dropped: the exchange dropped (BTC-PERPETUAL suspect since 2023-12-25T23:00:00.000000000Z)" in text
+    assert run(crypto, tmp_path, "tail", "gaps", "--no-follow", "--symbol", "ETH-PERPETUAL") == ""
+
+
+def test_clocks_of_a_producer_of_several_feeds_have_their_names(crypto: Bus, tmp_path: Path) -> None:
+    found = lines(run(crypto, tmp_path, "tail", "clocks", "--no-follow", "--json"))
+    assert [r["feed"] for r in found] == ["tardis-files:deribit"]
+
+
+def test_tail_and_status_of_fixed_candles_and_named_feeds(bus: Bus, tmp_path: Path) -> None:
+    bus.deploy(4)
+    state = {"state": "connected", "detail": "[3 symbols]", "published": 1234}
+    bus.call("hset", bus.keys.feeds, "tardis:binance-futures", msgspec.json.encode(state))
+    publish_candles(bus, 2, fixed(("binance-futures", "BTCUSDT"), close=61000.5))
+    text = run(bus, tmp_path, "tail", "candles", "--no-follow")
+    assert "2023-12-25T23:00:00Z  1m  binance-futures:BTCUSDT O 61000 H 61001 L 60999.5 C 61000.5" in text
+    record = lines(run(bus, tmp_path, "tail", "candles", "--no-follow", "--json", "--symbol", "BTC-USDT"))[0]
+    assert (record["exchange"], record["timeframe"], record["sma_20"], record["complete"]) == (
+        "binance-futures", "1m", None, True,
+    )  # fmt: skip
+    told = run(bus, tmp_path, "status")
+    assert "feed tardis:binance-futures: connected ([3 symbols]), 1,234 records published" in told
+
+
+def fixed(name: tuple[str, str], seconds: int = 60, start_ns: int = T0, **values: float) -> Frame:
+    """A frame of one fixed candle; features are not warm unless given."""
+    row = np.zeros(1, FIXED)
+    for column in (*STATE_COLUMNS, *FEATURE_COLUMNS):
+        row[column] = np.nan
+    given = {
+        "open": 61000.0, "high": 61001.0, "low": 60999.5, "close": 61000.0, "volume": 2.5, "trades": 30, "complete": 1,
+        "time_ns": start_ns, "timeframe_sec": seconds, "timestamp_out_ns": start_ns + seconds * NS + 7_000_000,
+    } | values  # fmt: skip
+    for column, value in given.items():
+        row[column] = value
+    return Frame("candle", 1, start_ns, start_ns + seconds * NS, "aggregate", row.tobytes(), names=[name])
+
+
+def publish_candles(bus: Bus, partition: int, *frames: Frame) -> None:
+    """As the aggregate stage commits them: behind one more frame of ticks."""
+    publish(bus, partition, message("clock", Clock("files", T0)))
+    token = bus.acquire(partition, "aggregate", "worker-a", 60_000)
+    assert token
+    position, seq, _ = bus.load(partition, "aggregate", "ticks")
+    newest = bus.last_id(partition, "ticks")
+    for number, frame in enumerate(frames, seq + 1):
+        frame.seq = number
+    step = Step(token, "aggregate", position, newest, 0, T0, seq + len(frames), {}, (), {"candles": list(frames)})
+    assert bus.commit(partition, "ticks", step)
+    bus.release(partition, "aggregate", token)
 
 
 def test_tail_from_an_instant(filled: Bus, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from shared.errors import BusUnavailable, ConfigError, StoreUnavailable, Tapelin
 from shared.frames import Frame
 from shared.heartbeat import living
 from shared.redis_server import EmbeddedRedis
-from shared.sink_reader import Inbox, lost_tail
+from shared.sink_reader import Inbox
+from shared.sink_tail import Entry, lost_tail
 from tests.services.sink_sqlite.tape import (
     Stage,
     candles,
@@ -300,20 +301,20 @@ def test_entries_trimmed_beyond_a_store_are_said_aloud(bus: Bus, path: Path, cap
 
 
 def test_lost_tail_rules() -> None:
-    first = ("5-0", 5)
+    first = Entry("5-0", 5)
     fine = [
         lost_tail(0, "0-0", None, None, 0),
-        lost_tail(9, "9-0", ("9-0", 9), first, 9),
-        lost_tail(9, "9-0", ("9-0", 9), first, 2),  # a stage that began anew
-        lost_tail(9, "9-0", ("9-0", None), first, None),
-        lost_tail(9, "9-0", None, ("12-0", 12), 30),  # trimmed up to here
+        lost_tail(9, "9-0", Entry("9-0", 9), first, 9),
+        lost_tail(9, "9-0", Entry("9-0", 9), first, 2),  # a stage that began anew
+        lost_tail(9, "9-0", Entry("9-0", None), first, None),
+        lost_tail(9, "9-0", None, Entry("12-0", 12), 30),  # trimmed up to here
     ]
     assert fine == [None] * 5
-    assert "newest sequence is 8" in (lost_tail(9, "9-0", None, ("12-0", 12), 8) or "")
-    assert "entry 9-0" in (lost_tail(9, "9-0", ("8-0", 8), first, 9) or "")
-    assert "entry 9-0" in (lost_tail(9, "9-0", ("9-0", 3), first, 9) or "")
+    assert "newest sequence is 8" in (lost_tail(9, "9-0", None, Entry("12-0", 12), 8) or "")
+    assert "entry 9-0" in (lost_tail(9, "9-0", Entry("8-0", 8), first, 9) or "")
+    assert "entry 9-0" in (lost_tail(9, "9-0", Entry("9-0", 3), first, 9) or "")
     assert "empty" in (lost_tail(9, "9-0", None, None, None) or "")
-    assert "begins again at sequence 1" in (lost_tail(9, "9-0", None, ("12-0", 1), 9) or "")
+    assert "begins again at sequence 1" in (lost_tail(9, "9-0", None, Entry("12-0", 1), 9) or "")
 
 
 def test_sequences_going_back_without_loss_do_not_stop_the_sink(bus: Bus, path: Path) -> None:

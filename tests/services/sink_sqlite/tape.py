@@ -12,17 +12,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from services.sink_sqlite.store import SqliteStore
 from shared.bus import Bus
-from shared.frames import CANDLE, LATE, NS, Frame, Rows
-from shared.messages import Gap, encode
+from shared.frames import (
+    BOOK,
+    CANDLE,
+    CLOCK,
+    FIXED,
+    LATE,
+    LIQUIDATION,
+    NS,
+    OPTION,
+    TICK,
+    TICKER,
+    TRADE,
+    Frame,
+    Rows,
+    tick_frame,
+)
+from shared.instruments import instrument_id
+from shared.messages import Gap, Instrument, encode
 from shared.settings import RedisSettings, Settings, Sink, Tapeline
 from shared.sink import SinkLoop, open_store
 
 T0 = 1_703_545_260 * NS  # 2023-12-25T23:01:00Z
 NAMES = [("ES", "ESH4"), ("6E", "6EH4")]
+FIXED_NAMES = [("binance-futures", "BTCUSDT"), ("deribit", "BTC-PERPETUAL")]
+EXPIRY = 1_711_699_200 * NS  # 2024-03-29T08:00:00Z
+OPTIONS = {"kind": "C", "strike": 50000.0, "expiration_ns": EXPIRY, "underlying": "BTC-29MAR24"}
+INSTRUMENTS = {
+    i.id: i
+    for i in (
+        Instrument(instrument_id("deribit", symbol), "deribit", symbol, "deribit:BTC", "tardis:deribit", **more)
+        for symbol, more in (("BTC-PERPETUAL", {}), ("ETH-PERPETUAL", {}), ("BTC-29MAR24-50000-C", OPTIONS))
+    )
+}
+PERPETUAL, ETHER, CALL = INSTRUMENTS
 
 
 def rows(count: int, start: int = 0, *, revision: int = 0, out_ns: int = T0 + 500_123_456, close: float = 0.0) -> Rows:
@@ -47,6 +75,53 @@ def candles(made: Rows, kind: str = "candle_1m", names: list[tuple[str, str]] = 
     return Frame(
         kind, len(made), int(made["time_ns"][0]), int(made["time_ns"][-1]), "test", made.tobytes(), names=names
     )
+
+
+def fixed(count: int, start: int = 0, *, revision: int = 0, close: float = 0.0, seconds: int = 60) -> Rows:
+    """Fixed candles of both names, from candle `start`; values follow from their place."""
+    made = np.zeros(count, FIXED)
+    i = np.arange(count) + 2 * start
+    made["time_ns"] = T0 + (i // 2) * seconds * NS
+    made["timeframe_sec"] = seconds
+    made["name"] = i % 2
+    for at, name in enumerate(FIXED.names[3:-3]):
+        made[name] = (i % 97) + at if FIXED[name].kind == "f" else i % 5
+    made["low"] = made["open"] = made["high"] = 5000.25
+    made["close"] = close or 5000 + i / 4
+    made["vwap"][::3] = np.nan
+    made["complete"] = 1
+    made["revision"] = revision
+    made["timestamp_out_ns"] = made["time_ns"] + seconds * NS + 1_500_000
+    return made
+
+
+def bars(made: Rows) -> Frame:
+    return candles(made, "candle", FIXED_NAMES)
+
+
+def ticks(kind: int, count: int, start: int = 0, *, instrument: int = 0, parts: int = 1) -> Rows:
+    """Records of one kind; values follow from their place."""
+    made = np.zeros(count * parts, TICK)
+    record = np.arange(count).repeat(parts) + start
+    made["kind"], made["part"] = kind, np.tile(np.arange(parts), count)
+    made["instrument"] = instrument or PERPETUAL
+    made["ts_event_ns"] = T0 + record * 1000 + 7
+    made["ts_recv_ns"] = made["ts_event_ns"] + 100
+    for at, name in enumerate(("price", "size", "bid_px", "ask_px", "bid_sz", "ask_sz")):
+        made[name] = 100.0 * (at + 1) + np.tile(np.arange(parts), count) + record / 4
+    if kind in (TRADE, LIQUIDATION):
+        made["side"], made["sequence"] = record % 3 - 1, record
+    if kind == TICKER:
+        made["sequence"] = np.where(record % 2, T0 // NS + 3600, 0)
+    return made
+
+
+def mixed(start: int = 0) -> Rows:
+    """One record of each kind, with a clock among them."""
+    return np.concatenate([
+        ticks(CLOCK, 1, start), ticks(TRADE, 1, start), ticks(BOOK, 1, start, parts=5), ticks(TICKER, 1, start),
+        ticks(LIQUIDATION, 1, start), ticks(OPTION, 1, start, instrument=CALL, parts=3),
+    ])  # fmt: skip
 
 
 def late(count: int, start: int = 0) -> Frame:
@@ -82,11 +157,37 @@ class Stage:
         return self.seq
 
 
-def settings(bus: Bus, store: str = "", partitions: int = 1, batch_rows: int = 5000, batch_ms: int = 20) -> Settings:
+class Feed:
+    """A producer on `ticks`: one of several, each with a sequence of its own."""
+
+    def __init__(self, bus: Bus, name: str = "tardis:deribit", partition: int = 0, *, known: bool = True) -> None:
+        self.bus, self.name, self.partition = bus, name, partition
+        self.seq, _ = bus.attach(partition, name, "tests")
+        if known:
+            fields = {str(i.id): msgspec.json.encode(i) for i in INSTRUMENTS.values()}
+            bus.call("hset", bus.keys.instruments(partition), mapping=fields)
+
+    def put(self, *frames: Frame | Rows) -> str:
+        """Returns the newest entry's id."""
+        for frame in frames:
+            whole = frame if isinstance(frame, Frame) else tick_frame(frame, self.name)
+            assert self.bus.publish(self.partition, self.name, "tests", self.seq + 1, [whole], b"")
+            self.seq += 1
+        return self.bus.last_id(self.partition, "ticks")
+
+
+def settings(
+    bus: Bus,
+    store: str = "",
+    partitions: int = 1,
+    batch_rows: int = 5000,
+    batch_ms: int = 20,
+    modes: tuple[str, ...] = ("candles",),
+) -> Settings:
     return Settings(
         tapeline=Tapeline(partitions=partitions, namespace=bus.keys.namespace, store=store),
         redis=RedisSettings(url=bus.url),
-        sink=Sink(batch_rows=batch_rows, batch_ms=batch_ms),
+        sink=Sink(modes=modes, batch_rows=batch_rows, batch_ms=batch_ms),
     )
 
 
@@ -117,7 +218,9 @@ def sinking(bus: Bus, path: Path, store: SqliteStore | None = None, **options: A
         raise errors[0]
 
 
-def start_sink(bus: Bus, url: str, fault: str = "", batch_rows: int = 1) -> subprocess.Popen[bytes]:
+def start_sink(
+    bus: Bus, url: str, fault: str = "", batch_rows: int = 1, modes: str = "candles"
+) -> subprocess.Popen[bytes]:
     """The service as a process of its own."""
     code = (
         "import signal, threading\n"
@@ -134,6 +237,7 @@ def start_sink(bus: Bus, url: str, fault: str = "", batch_rows: int = 1) -> subp
         "TAPELINE_PARTITIONS": "1",
         "TAPELINE_SINK_BATCH_ROWS": str(batch_rows),
         "TAPELINE_SINK_BATCH_MS": "20",
+        "TAPELINE_SINK_MODES": modes,
     }
     return subprocess.Popen([sys.executable, "-c", code], env=env | ({"TAPELINE_TEST_FAULT": fault} if fault else {}))
 
@@ -157,12 +261,22 @@ def stored_seq(path: Path, topic: str = "candles", partition: int = 0) -> int:
     return int(found[0][0] or 0) if found else 0
 
 
+def stored_id(path: Path, topic: str = "ticks", partition: int = 0) -> str:
+    """The entry up to which the store has this stream, of the bus that it read last."""
+    found = query(
+        path, "SELECT stream_id FROM sink_cursors WHERE topic = ? AND partition = ? ORDER BY rowid DESC LIMIT 1",
+        (topic, partition),
+    )  # fmt: skip
+    return str(found[0][0]) if found else ""
+
+
 def table(path: Path, name: str = "candles_1m") -> list[tuple[Any, ...]]:
     """A candle table without what differs between runs, in key order."""
     connection = sqlite3.connect(path, timeout=5)
     try:
         columns = [r[1] for r in connection.execute(f"PRAGMA table_info({name})")]
+        order = "exchange, symbol, timeframe, timestamp_in" if name == "candles" else "ticker, symbol, time"
         same = ", ".join(c for c in columns if c not in ("timestamp_out", "latency_ms"))
-        return connection.execute(f"SELECT {same} FROM {name} ORDER BY ticker, symbol, time").fetchall()
+        return connection.execute(f"SELECT {same} FROM {name} ORDER BY {order}").fetchall()
     finally:
         connection.close()

@@ -10,8 +10,9 @@ import pytest
 
 from services.sink_sqlite.schema import Migration, migrate, migrations, version
 from services.sink_sqlite.store import SqliteStore
-from shared.batches import CANDLE_COLUMNS
 from shared.errors import VersionError
+from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
+from shared.tables import CANDLE_COLUMNS, FIXED_COLUMNS, TICK_TABLES, TickTable
 
 COLUMNS = """time ticker symbol open high low close volume trades ask_volume bid_volume unknown_volume cvd_open cvd_high
 cvd_low cvd_close session_cvd_close vd vd_ratio book_imbalance price_pct divergence max_trade_size big_trades big_volume
@@ -33,9 +34,49 @@ def test_candle_tables(connection: sqlite3.Connection, table: str, key: list[str
     assert [c[1] for c in sorted(info, key=lambda c: c[5]) if c[5]] == key
 
 
+def test_the_table_of_fixed_candles(connection: sqlite3.Connection) -> None:
+    migrate(connection, "test")
+    info = connection.execute("PRAGMA table_info(candles)").fetchall()
+    assert [column[1] for column in info] == list(FIXED_COLUMNS)
+    head = """exchange symbol timeframe timestamp_in open high low close volume trades vwap ask_volume bid_volume
+    unknown_volume vd cvd_open cvd_high cvd_low cvd_close quoted_spread"""
+    tail = ("complete", "revision", "timestamp_out", "latency_ms")
+    assert list(FIXED_COLUMNS) == [*head.split(), *STATE_COLUMNS, *FEATURE_COLUMNS, *tail]
+    key = ["exchange", "symbol", "timeframe", "timestamp_in"]
+    assert [c[1] for c in sorted(info, key=lambda c: c[5]) if c[5]] == key
+    assert {c[1] for c in info if c[2] == "INTEGER"} == {"trades", "complete", "revision"}
+    view = connection.execute("PRAGMA table_info(features)").fetchall()
+    assert [column[1] for column in view] == [*key, *FEATURE_COLUMNS]
+
+
+@pytest.mark.parametrize("table", TICK_TABLES.values(), ids=lambda t: t.name)
+def test_tick_tables(connection: sqlite3.Connection, table: TickTable) -> None:
+    migrate(connection, "test")
+    info = connection.execute(f"PRAGMA table_info({table.name})").fetchall()
+    assert [column[1] for column in info] == list(table.columns)
+    assert [c[1] for c in sorted(info, key=lambda c: c[5]) if c[5]] == [
+        "bus",
+        "partition",
+        "entry_ms",
+        "entry_seq",
+        "row",
+    ]
+
+
 @pytest.mark.parametrize(
     "sql",
     [
+        "SELECT * FROM candles WHERE timestamp_in >= '2023' ORDER BY timestamp_in",
+        "SELECT * FROM candles WHERE exchange = 'x' AND symbol = 'B' AND timeframe = '1m' ORDER BY timestamp_in",
+        "SELECT * FROM features WHERE exchange = 'x' AND symbol = 'B' AND timestamp_in >= '2023'",
+        "SELECT * FROM ohlc_bars WHERE contract_id = 'x:B' AND timeframe_unit = 2 AND timeframe_value = 1 "
+        "ORDER BY timestamp",
+        "SELECT * FROM ohlc_bars WHERE timestamp >= '2023' ORDER BY timestamp",
+        *(
+            f"SELECT * FROM {table.name} WHERE {where} ORDER BY timestamp"
+            for table in TICK_TABLES.values()
+            for where in ("timestamp >= '2023'", "exchange = 'x' AND symbol = 'B' AND timestamp >= '2023'")
+        ),
         "SELECT * FROM candles_1m WHERE time >= '2023' ORDER BY time",
         "SELECT * FROM candles_1m WHERE ticker = 'ES' AND time >= '2023' ORDER BY time",
         "SELECT * FROM candles_1s WHERE time >= '2023' ORDER BY time",
@@ -59,6 +100,19 @@ def test_an_older_store_is_migrated(connection: sqlite3.Connection) -> None:
     assert migrate(connection, "test", more) == []
     assert version(connection) == 2
     connection.execute("SELECT b FROM gaps")
+
+
+def test_a_store_of_the_first_version_keeps_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    older = sqlite3.connect(path, isolation_level=None)
+    migrate(older, "test", migrations()[:1])
+    older.execute("INSERT INTO sink_cursors VALUES ('a', 'candles', 0, 5, '5-0')")
+    older.close()
+    store = SqliteStore(path)
+    store.open()
+    assert store.cursors() == {("a", "candles", 0): (5, "5-0")}
+    assert version(store.connection()) == migrations()[-1].version >= 2
+    store.close()
 
 
 def test_a_failing_migration_leaves_the_older_store(connection: sqlite3.Connection) -> None:
