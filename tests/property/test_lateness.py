@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,45 +14,34 @@ from hypothesis import strategies as st
 from services.aggregate.core import PartitionState
 from services.ingest.tardis_decode import Decoder
 from services.ingest.tardis_route import Router
-from shared.frames import FIXED, NS, Frame, Rows, iso, tick_frame
-from shared.messages import encode
-from tests.services.aggregate.market import START, config
-from tests.services.ingest.collect import Collect, Store
+from shared.frames import FIXED, NS, Rows, iso
+from tests.services.aggregate.market import START, ToFrames, config
 
 LATENESS = 119.0
 # Inside one second the path of CVD follows the order of arrival, so its extremes may differ.
 ORDERLESS = [c for c in FIXED.names or () if c not in ("cvd_high", "cvd_low", "revision", "timestamp_out_ns")]
 SETTINGS = settings(
-    max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.too_slow]
+    max_examples=60,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
 def line(kind: str, at: float, **fields: Any) -> bytes:
     time = iso(START * NS + round(at * 1000) * 1_000_000)[:23] + "Z"
-    message = {"type": kind, "symbol": "BTCUSDT", "exchange": "binance-futures", "timestamp": time, "localTimestamp": time}
+    message = {
+        "type": kind,
+        "symbol": "BTCUSDT",
+        "exchange": "binance-futures",
+        "timestamp": time,
+        "localTimestamp": time,
+    }
     return json.dumps(message | fields).encode()
 
 
 def quote(at: float) -> bytes:
     return line("quote", at, bids=[{"price": 99.0, "amount": 1}], asks=[{"price": 101.0, "amount": 1}], depth=1)
-
-
-class ToFrames(Collect):
-    """An Output that makes the frames of one partition, in order."""
-
-    def __init__(self) -> None:
-        super().__init__(Store())
-        self.frames: list[Frame] = []
-
-    def instruments(self, messages: Any) -> None:
-        messages = list(messages)
-        self.frames.append(Frame("instrument", len(messages), 0, 0, "test", encode(messages)))
-
-    def broadcast(self, message: Any) -> None:
-        self.frames.append(Frame(type(message).__name__.lower(), 1, 0, 0, "test", encode([message])))
-
-    def ticks(self, grouped: Any, cursor: bytes) -> None:
-        self.frames.append(tick_frame(grouped.rows, "test"))
 
 
 def candles(lines: Sequence[bytes], cuts: Sequence[int], restart: bool = False) -> dict[Any, Rows]:
@@ -62,7 +52,7 @@ def candles(lines: Sequence[bytes], cuts: Sequence[int], restart: bool = False) 
     saved: dict[str, bytes] = {}
     kept: dict[Any, Rows] = {}
     bounds = sorted({0, len(lines), *(c % len(lines) for c in cuts)})
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         router.take(decoder(list(lines[a:b]), a), out, b"")
         result = state.step(out.frames)
         out.frames = []

@@ -12,6 +12,7 @@ from services.aggregate.state import Config
 from shared.frames import NS, TICK, TRADE, Frame, Rows, tick_frame
 from shared.instruments import instrument_id
 from shared.messages import Clock, Instrument, encode
+from tests.services.ingest.collect import Collect, Store
 
 ALWAYS = np.array([[0, 1 << 62]], np.int64)
 FEED = "tardis:binance-futures"
@@ -69,6 +70,24 @@ def frame(*records: dict[str, Any]) -> Frame:
 
 def clock(at: float, feed: str = FEED) -> Frame:
     return Frame("clock", 1, 0, 0, FEED, encode([Clock(feed, START * NS + int(at * NS))]))
+
+
+class ToFrames(Collect):
+    """An Output that makes the frames of one partition, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(Store())
+        self.frames: list[Frame] = []
+
+    def instruments(self, messages: Any) -> None:
+        messages = list(messages)
+        self.frames.append(Frame("instrument", len(messages), 0, 0, "test", encode(messages)))
+
+    def broadcast(self, message: Any) -> None:
+        self.frames.append(Frame(type(message).__name__.lower(), 1, 0, 0, "test", encode([message])))
+
+    def ticks(self, grouped: Any, cursor: bytes) -> None:
+        self.frames.append(tick_frame(grouped.rows, "test"))
 
 
 Key = tuple[str, int, int]
