@@ -65,12 +65,16 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     """Run one worker in the foreground: SERVICE is one of the services below, ARGS are its own.
 
     \b
-    redis              the embedded Redis
-    ingest-databento   the Databento live feed
-    ingest-synthetic   the seeded market that needs no key
-    ingest-files       DBN files given as ARGS
-    aggregate          rolling candles
-    sink-sqlite        the SQLite store
+    redis                 the embedded Redis
+    ingest-databento      the Databento live feed
+    ingest-tardis         one crypto EXCHANGE, live through tardis-machine
+    ingest-synthetic      the seeded market that needs no key
+    ingest-files          DBN files given as ARGS
+    ingest-tardis-files   recorded normalized NDJSON files
+    ingest-tardis-csv     the vendor's CSV files, or tardis:// to download them
+    ingest-tardis-replay  tardis:// history through tardis-machine
+    aggregate             rolling and fixed candles
+    sink-sqlite           the SQLite store
 
     SIGTERM and SIGINT stop it within 5 seconds; a second one at once.
     """

@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import quote
 
 from shared.errors import ConfigError, StoreUnavailable
-from shared.frames import NS, iso
+from shared.frames import NS, iso, ns_of
 from shared.tables import TABLES, time_column
+from shared.timeframes import seconds_of
 
 SCHEMES = {
     "sqlite": "sqlite:///relative.db or sqlite:////absolute/path.db",
@@ -68,22 +69,63 @@ def parse(url: str) -> StoreUrl:
     return StoreUrl(scheme, path, redact(url))
 
 
-def newest_cvd(url: str, ticker: str, before_ns: int) -> float | None:
-    """The newest `cvd_close` of a ticker whose window ended by `before_ns`; None where there is none.
+def newest_cvds(url: str, names: Mapping[str, int]) -> dict[str, float]:
+    """The newest `cvd_close` of each name whose window ended by its instant (ns); without those that have none.
 
-    Looks into candles_1m, then candles_1s. A store or table that does not exist yet holds none.
-    Raises ConfigError, StoreUnavailable.
+    A continuous ticker is looked for in candles_1m, then candles_1s; a contract (`exchange:symbol`)
+    after these in its fixed candles. A store or table that does not exist yet holds none. Raises
+    ConfigError, StoreUnavailable.
     """
+    found: dict[str, float] = {}
+    with _reader(url) as connection:
+        if connection is not None:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            for name, before_ns in names.items():
+                value = _newest_cvd(connection, tables, name, before_ns)
+                if value is not None:
+                    found[name] = value
+    return found
+
+
+def newest_cvd(url: str, name: str, before_ns: int) -> float | None:
+    """The same for one name; None where there is none."""
+    return newest_cvds(url, {name: before_ns}).get(name)
+
+
+def _newest_cvd(connection: sqlite3.Connection, tables: set[str], name: str, before_ns: int) -> float | None:
     for table, to_end_ns in (("candles_1m", 0), ("candles_1s", NS)):
-        until = iso((before_ns - to_end_ns) // NS * NS)[:19] + "Z"
-        sql = (
-            f"SELECT cvd_close FROM {table} WHERE ticker = ? AND time <= ? AND cvd_close IS NOT NULL "  # noqa: S608
-            "ORDER BY time DESC LIMIT 1"
-        )
-        rows = _select(url, table, sql, (ticker, until))
-        if rows:
-            return float(rows[0]["cvd_close"])
-    return None
+        if table in tables:
+            row = connection.execute(
+                f"SELECT cvd_close FROM {table} WHERE ticker = ? AND time <= ? AND cvd_close IS NOT NULL "  # noqa: S608
+                "ORDER BY time DESC LIMIT 1",
+                (name, _second(before_ns - to_end_ns)),
+            ).fetchone()
+            if row:
+                return float(row[0])
+    exchange, colon, symbol = name.partition(":")
+    if not colon or "candles" not in tables:
+        return None
+    newest: tuple[int, float] | None = None
+    timeframe = ""
+    while True:  # from one timeframe to the next by the index, not through all rows
+        held = connection.execute(
+            "SELECT min(timeframe) FROM candles WHERE exchange = ? AND symbol = ? AND timeframe > ?",
+            (exchange, symbol, timeframe),
+        ).fetchone()[0]
+        if held is None:
+            return newest[1] if newest else None
+        timeframe, length_ns = held, seconds_of(held) * NS
+        row = connection.execute(
+            "SELECT timestamp_in, cvd_close FROM candles WHERE exchange = ? AND symbol = ? AND timeframe = ? "
+            "AND timestamp_in <= ? AND cvd_close IS NOT NULL ORDER BY timestamp_in DESC LIMIT 1",
+            (exchange, symbol, timeframe, _second(before_ns - length_ns)),
+        ).fetchone()
+        if row:
+            newest = max(newest or (0, 0.0), (ns_of(row[0]) + length_ns, float(row[1])), key=lambda n: n[0])
+
+
+def _second(ns: int) -> str:
+    return iso(ns // NS * NS)[:19] + "Z"
 
 
 def read_rows(

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.frames import BOOK, CANDLE, FEATURE_COLUMNS, FIXED, LIQUIDATION, NS, OPTION, TICKER, TRADE, Rows
+from shared.frames import (
+    BOOK,
+    CANDLE,
+    FEATURE_COLUMNS,
+    FIXED,
+    LIQUIDATION,
+    NS,
+    OPTION,
+    STATE_COLUMNS,
+    TICKER,
+    TRADE,
+    Rows,
+)
 
 _OUT = ("timestamp_out", "latency_ms")
 
@@ -57,7 +69,7 @@ TABLES = {
 }  # fmt: skip
 # These come from all that went before, so a row that was computed again over a short stretch may lack them.
 HISTORY_COLUMNS = frozenset(
-    ("cvd_open", "cvd_high", "cvd_low", "cvd_close", "session_cvd_close", *FEATURE_COLUMNS)
+    ("cvd_open", "cvd_high", "cvd_low", "cvd_close", "session_cvd_close", *STATE_COLUMNS, *FEATURE_COLUMNS)
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -46,8 +47,8 @@ def features_of(bars: list[Bar], seconds: int) -> list[dict[str, float]]:
     """The features of consecutive candles of one symbol, each looked up in the whole list."""
     p = [b["close"] for b in bars]
     v = [b["volume"] for b in bars]
-    d = [math.nan] + [b - a for a, b in zip(p, p[1:], strict=False)]
-    r = [math.nan] + [math.log(b / a) for a, b in zip(p, p[1:], strict=False)]
+    d = [math.nan] + [b - a for a, b in itertools.pairwise(p)]
+    r = [math.nan] + [math.log(b / a) for a, b in itertools.pairwise(p)]
     slow, fast = _ema(p, 26), _ema(p[14:], 12, lead=min(14, len(p)))
     macd = [b - a for a, b in zip(slow, fast, strict=True)]
     signal = _ema(macd[25:], 9, lead=min(25, len(p)))

@@ -339,6 +339,8 @@ def correct_bars(t: Rows, f: int, c: int, sec: int, signed: float) -> None:
                     b.revision += 1
                     b.dirty = 1
                 b.cvd += signed
+                if start == first and arena.contracts(t)[c].ring != NONE:
+                    b.delta += signed  # it is folded again later; `_cvd_before` may look before that
                 arena.bar_dirty(t)[e, at] = 1
             if ticker == NONE:
                 continue

@@ -24,7 +24,7 @@ from services.aggregate.layout import (
     WANTED,
 )  # fmt: skip
 from services.aggregate.rows import whole
-from services.aggregate.state import Config, State, candled, ticker_of
+from services.aggregate.state import Config, State, candled, seed_name, ticker_of
 from shared.frames import LATE, NS, TICK, TICK_FRAMES, Frame, Rows
 from shared.messages import AnyMessage, Clock, Disconnect, Gap, Instrument, decode, encode
 
@@ -89,18 +89,27 @@ class PartitionState(State):
         return instrument.venue, instrument.symbol
 
     def unseeded(self, frames: list[Frame]) -> list[tuple[str, int]]:
-        """(root, instant in ns) of roots that begin to be watched in these frames without a CVD to go on from."""
+        """(name, instant in ns) of tickers and contracts that begin to be watched in these frames without a CVD.
+
+        Contracts are named `venue:symbol`.
+        """
         new: dict[str, str] = {}
         watched = {name: int(self.feeds[i]["watched_ns"]) for i, name in enumerate(self.registry.feeds)}
         known = {root: bool(self.roots[i]["seeded"]) for i, (_, root) in enumerate(self.registry.roots)}
         for i, (_, root) in enumerate(self.registry.roots):
             if not self.roots[i]["seeded"]:
                 new[root] = self.registry.feeds[self.roots[i]["feed"]]
+        for c in np.flatnonzero(self.contracts["seeded"] == 0):
+            instrument = self.registry.contracts[c]
+            new[seed_name(instrument)] = instrument.feed
         for frame in frames:
             if frame.kind in ("instrument", "clock"):
                 for m in decode(frame.body):
-                    if isinstance(m, Instrument) and not known.get(ticker_of(m)) and candled(m):
-                        new[ticker_of(m)] = m.feed
+                    if isinstance(m, Instrument) and candled(m):
+                        if not known.get(ticker_of(m)):
+                            new[ticker_of(m)] = m.feed
+                        if m.id not in self._by_id:
+                            new[seed_name(m)] = m.feed
                     elif isinstance(m, Clock) and m.watched_from_ns is not None and watched.get(m.feed, NONE) == NONE:
                         watched[m.feed] = m.watched_from_ns
         return [(root, watched[feed]) for root, feed in new.items() if watched.get(feed, NONE) != NONE]
@@ -188,6 +197,7 @@ class PartitionState(State):
             feed["grace_ns"] = clock.grace_ns
             for c in np.flatnonzero(mine):
                 self._warm(int(c))
+                self._seed_contract(int(c), seeds)
             self._all_contracts_dirty = True
             for k, (_, root) in enumerate(self.registry.roots):
                 if self.roots[k]["feed"] == f:

@@ -33,6 +33,7 @@ CONTRACT = np.dtype(
         ("last_sec", "<i8"), ("warm_sec", "<i8"),  # second of the newest trade; first row not before
         ("ring", "<i8"),  # its row of the rings; NONE for options, which have fixed candles only
         ("entity", "<i8"),
+        ("seeded", "<i8"), ("cvd_seed", "<f8"),  # where the CVD of its own candles begins
         ("quote_ns", "<i8"), ("bid_px", "<f8"), ("ask_px", "<f8"), ("bid_sz", "<f8"), ("ask_sz", "<f8"),
     ]
 )  # fmt: skip

@@ -225,12 +225,11 @@ class State:
             self.roots[k]["head"] = c
             self._extend("ring", "ring_dirty")
             self._add_entity(c, NONE)
-            if solo(instrument):
-                self.entities[contract["entity"]]["cvd"] = self.roots[k]["cvd"]
-            elif self.roots[k]["entity"] == NONE:
+            if not solo(instrument) and self.roots[k]["entity"] == NONE:
                 self._add_entity(NONE, k)
         if self.feeds[f]["watched_ns"] != NONE:
             self._warm(c)
+            self._seed_contract(c, seeds)
         self._by_id[instrument.id] = c
         self._registry_dirty = self._all_contracts_dirty = self._index_stale = True
 
@@ -245,6 +244,7 @@ class State:
         )
         self._growing["entity_dirty"].rows[e] = 1
         if root == NONE:
+            self.entities[e]["cvd"] = owner["cvd_seed"]
             self._growing["contract_dirty"].rows[contract] = 1
 
     def _add_root(self, key: tuple[str, str], f: int) -> None:
@@ -261,11 +261,17 @@ class State:
         if not self.roots[k]["seeded"] and (watched or root in seeds):
             self.roots[k]["cvd"] += seeds.get(root, 0.0)
             self.roots[k]["seeded"] = 1
-            head = int(self.roots[k]["head"])
-            if head != NONE and solo(self.registry.contracts[head]):
-                e = int(self.contracts[head]["entity"])
-                self.entities[e]["cvd"] += seeds.get(root, 0.0)
-                self._growing["entity_dirty"].rows[e] = 1
+
+    def _seed_contract(self, c: int, seeds: dict[str, float]) -> None:
+        """The same for the CVD of a contract's own candles."""
+        contract = self.contracts[c]
+        if not contract["seeded"]:
+            contract["cvd_seed"] = seeds.get(seed_name(self.registry.contracts[c]), 0.0)
+            contract["seeded"] = 1
+            self._growing["contract_dirty"].rows[c] = 1
+            if contract["entity"] != NONE:
+                self.entities[contract["entity"]]["cvd"] += contract["cvd_seed"]
+                self._growing["entity_dirty"].rows[contract["entity"]] = 1
 
     def _warm(self, c: int) -> None:
         root = self.roots[self.contracts[c]["root"]]
@@ -408,6 +414,11 @@ def ticker_of(instrument: Instrument) -> str:
 def solo(instrument: Instrument) -> bool:
     """Whether it is its ticker's only contract by name: then its own candles are the ticker's."""
     return ticker_of(instrument) in (instrument.symbol, f"{instrument.venue}:{instrument.symbol}")
+
+
+def seed_name(instrument: Instrument) -> str:
+    """Under which name its newest stored CVD is asked for."""
+    return ticker_of(instrument) if solo(instrument) else f"{instrument.venue}:{instrument.symbol}"
 
 
 def candled(instrument: Instrument) -> bool:

@@ -16,14 +16,14 @@ from shared.calendar import calendar_of, sessions
 from shared.frames import TICK, TICK_FRAMES, UNREADABLE, Frame, Rows, reason_of, unreadable
 from shared.messages import decode, encode
 from shared.settings import Settings
-from shared.stores import newest_cvd
+from shared.stores import newest_cvds
 from shared.timeframes import seconds_of
 from shared.worker import StepResult, Worker, wait_for_bus
 
 log = logging.getLogger(__name__)
 
 FRAME_ROWS = 2000
-Seed = Callable[[str, int], float | None]
+Seed = Callable[[dict[str, int]], dict[str, float]]  # newest CVD of names, each before an instant in ns
 
 
 class AggregateCore:
@@ -43,7 +43,8 @@ class AggregateCore:
         if bad:
             log.warning("%d frames on ticks cannot be read: dead letters (%s)", len(bad), next(filter(None, faults)))
             frames = [frame for frame, reason in zip(frames, faults, strict=True) if not reason]
-        seeds = {root: self._seed(root, before_ns) or 0.0 for root, before_ns in self._state.unseeded(frames)}
+        unseeded = dict(self._state.unseeded(frames))
+        seeds = dict.fromkeys(unseeded, 0.0) | (self._seed(unseeded) if unseeded else {})
         outputs = pack(self._state.step(frames, seeds), time.time_ns())
         if bad:
             outputs.setdefault("candles", []).extend(bad)
@@ -83,7 +84,7 @@ class AggregateStage:
             big_trade=a.big_trade,
             big_trade_default=a.big_trade_default,
         )
-        self._seed: Seed = seed or (lambda root, before_ns: newest_cvd(settings.tapeline.store, root, before_ns))
+        self._seed: Seed = seed or (lambda names: newest_cvds(settings.tapeline.store, names))
 
     def open(self, fields: dict[str, bytes]) -> AggregateCore:
         """Raises ConfigError when the committed state was made with other settings."""

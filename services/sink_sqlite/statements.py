@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.sink_sqlite.rows import GAP_COLUMNS, LATE_COLUMNS
+from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
 from shared.tables import HISTORY_COLUMNS, PLACE_COLUMNS, TABLES, TICK_TABLES, Table
 from shared.timeframes import UNITS
+
+UNCOMPARED = frozenset((*FEATURE_COLUMNS, *STATE_COLUMNS, "revision", "timestamp_out", "latency_ms"))
 
 
 def _upsert(table: str, columns: Sequence[str], key: Sequence[str], where: str = "") -> str:
@@ -21,23 +24,24 @@ def _insert(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
 
 
 def _mend(table: Table) -> str:
-    """See Batch.mend: the same again changes nothing, not even a revision."""
+    """See Batch.mend: the same again changes nothing, not even a revision.
+
+    Features and states, which a tape that begins later knows less of, are no reason to write, and a part
+    of an incomplete candle does not replace more of it.
+    """
     name = table.name
     values = {
         c: f"coalesce(excluded.{c}, {name}.{c})" if c in HISTORY_COLUMNS else f"excluded.{c}"
         for c in table.columns
         if c not in table.key
     }
-    differs = " OR ".join(
-        f"{value} IS NOT {name}.{c}"
-        for c, value in values.items()
-        if c not in ("revision", "timestamp_out", "latency_ms")
-    )
+    differs = " OR ".join(f"{value} IS NOT {name}.{c}" for c, value in values.items() if c not in UNCOMPARED)
     values["revision"] = f"max(excluded.revision, {name}.revision + 1)"
     sets = ", ".join(f"{c} = {value}" for c, value in values.items())
     return (
         f"{_insert(name, table.columns, table.key)} SET {sets} "
-        f"WHERE excluded.complete >= {name}.complete AND ({differs})"
+        f"WHERE excluded.complete >= {name}.complete AND (excluded.complete OR excluded.trades >= {name}.trades) "
+        f"AND ({differs})"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from services.aggregate.core import PartitionState
@@ -82,6 +82,11 @@ trades = st.lists(
 
 
 @SETTINGS
+@example(  # a candle made by a late trade, then one before it
+    tape=[(0, 0, 1, "buy", 31.0, False), (22_501, 0, 1, "buy", 8.0, False), (30_500, 0, 1, "buy", 0.0, False)],
+    cuts=[],
+    restart=False,
+)
 @given(trades, st.lists(st.integers(0, 200), max_size=6), st.booleans())
 def test_lateness_batching_and_duplicates_change_no_candle(tape: list[Any], cuts: list[int], restart: bool) -> None:
     def message(t: Any) -> bytes:

@@ -159,6 +159,7 @@ def test_an_option_corrects_its_candles_too() -> None:
     tape = [*begin(option), frame(trade(1, 5, who=option)), clock(70), frame(trade(2, 9, who=option)), clock(75)]
     rows = final(PartitionState(config()), tape)
     assert (rows["O", 15, 0]["high"], rows["O", 15, 0]["revision"], rows["O", 60, 0]["volume"]) == (9, 1, 2)
+    assert (rows["O", 15, 0]["vd"], rows["O", 60, 0]["vd"], rows["O", 60, 0]["cvd_open"]) == (2, 2, 0)
 
 
 def test_a_suspect_feed_is_incomplete_until_its_gap_ends() -> None:
