@@ -201,6 +201,10 @@ class Reader:
         stream = bus.keys.stream(self.partition, topic)
         answer = bus.call("hget", bus.keys.consumers(self.partition, topic), self.hub.consumer)
         told = answer.decode() if answer else None
+        if topic == "ticks":
+            # The stage whose rows this store wants, too, may be slower to start: nothing is trimmed before it has read.
+            for stage in {STAGES[other] for other in self.places if other in STAGES}:
+                bus.register(self.partition, topic, stage)
         # First of all hold back trimming where the store needs the stream, but say nothing newer than Redis
         # knows: what it knows is what it has not lost.
         bus.done_with(self.partition, topic, self.hub.consumer, older(place.acked, told or place.acked))

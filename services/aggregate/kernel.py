@@ -96,6 +96,7 @@ def close_second(x: Arrays, f: int, k: int, sec: int) -> None:
                 s.revision = 0
                 x.ring_dirty[ring, (sec & mask) // CHUNK] = 1
                 add_minute(x.minutes, c, sec, s.volume)
+                x.contract_dirty[c] = 1  # its minutes are committed with it
                 if x.params[0].emit_1s:
                     emit_1s(x, f, c, closed)
         c = x.contracts[c].next
