@@ -59,11 +59,11 @@ class Grouped(Protocol):
     starts: list[int]
 
 
-def store_of(url: str) -> Store:
+def store_of(url: str, ohlc_bars: bool = True) -> Store:
     """The store behind a URL, not yet open. Raises ConfigError for one that this version cannot write."""
     parsed = parse(url)
     make = resolve(TOOLS[f"store-{parsed.scheme}"])
-    return cast("Store", make(parsed.path))
+    return cast("Store", make(parsed.path, ohlc_bars=ohlc_bars))
 
 
 def identity(tapes: Sequence[Playable]) -> str:
@@ -78,7 +78,7 @@ def run(tapes: Sequence[Playable], settings: Settings, tell: Tell, stop: threadi
     Raises what a source, the store or a calendar finds wrong; what came before it is stored.
     """
     began = time.monotonic()
-    store = store_of(settings.tapeline.store)
+    store = store_of(settings.tapeline.store, settings.sink.ohlc_bars)
     store.open()
     try:
         pipe = Pipe(settings, Writer(store, settings, identity(tapes), stop), tell)

@@ -85,7 +85,7 @@ def settings_of(plan: Plan, settings: Settings) -> Settings:
     return replace(settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis)
 
 
-def programs_of(plan: Plan) -> list[Program]:
+def programs_of(plan: Plan, modes: tuple[str, ...]) -> list[Program]:
     """Redis (unless another is used), the readers of the sources, the aggregators, the sink.
 
     Raises ConfigError for sources that cannot be replayed.
@@ -93,7 +93,7 @@ def programs_of(plan: Plan) -> list[Program]:
     return [
         *([] if plan.redis else [redis_program()]),
         *(Program(service, (service, *args), final=FINAL) for service, args in programs(plan.sources, plan.speed)),
-        Program("aggregate", ("aggregate",), plan.aggregators, final=FINAL),
+        *([Program("aggregate", ("aggregate",), plan.aggregators, final=FINAL)] if "candles" in modes else []),
         Program("sink-sqlite", ("sink-sqlite",), final=FINAL),
     ]
 
@@ -106,7 +106,7 @@ def run(plan: Plan, settings: Settings, config: str | None, tell: Callable[[Prog
     began = time.monotonic()
     own = settings_of(plan, settings)
     summary = Summary()
-    with Supervision(own, programs_of(plan), config, remove=True) as supervision:
+    with Supervision(own, programs_of(plan, own.sink.modes), config, remove=True) as supervision:
         bus = _wait_for_redis(supervision)
         try:
             watch = Watch(bus, supervision, own)
@@ -142,6 +142,7 @@ class Watch:
     def __init__(self, bus: Bus, supervision: Supervision, settings: Settings) -> None:
         self._bus, self._supervision = bus, supervision
         self._reader = Reader(bus, settings.tapeline.partitions, settings.redis.lease_seconds, count_entries=200)
+        self._stages = STAGES if "candles" in settings.sink.modes else ()
         self.progress = Progress()
 
     def look(self) -> Progress:
@@ -169,7 +170,7 @@ class Watch:
             if not stream.consumers or any(c.position != stream.newest for c in stream.consumers):
                 p.drained = False
             # A sink of ticks may be there before the stage that has to read them, too.
-            if stream.topic == "ticks" and not {c.name for c in stream.consumers}.issuperset(STAGES):
+            if stream.topic == "ticks" and not {c.name for c in stream.consumers}.issuperset(self._stages):
                 p.drained = False
         return p
 

@@ -24,7 +24,7 @@ from services.aggregate.layout import (
     WANTED,
 )  # fmt: skip
 from services.aggregate.rows import whole
-from services.aggregate.state import Config, State, candled, seed_name, ticker_of
+from services.aggregate.state import Config, State, candled, seed_name, solo, ticker_of
 from shared.frames import LATE, NS, TICK, TICK_FRAMES, Frame, Rows
 from shared.messages import AnyMessage, Clock, Disconnect, Gap, Instrument, decode, encode
 
@@ -75,7 +75,8 @@ class PartitionState(State):
             while not kernel.flush(self._bind(), f):
                 self._drain(out)
         self._drain(out)
-        out.names = [(ticker_of(i), i.symbol) for i in self.registry.contracts]
+        # A symbol that is its own ticker has the same name twice: crypto's with its exchange, for many have a BTCUSDT.
+        out.names = [(ticker_of(i), ticker_of(i) if solo(i) else i.symbol) for i in self.registry.contracts]
         if out.fixed:
             out.fixed_names = [self._name(int(c), int(k)) for c, k in zip(
                 self.entities["contract"], self.entities["root"], strict=True

@@ -3,8 +3,9 @@
 Every partition has a sequence and a cursor of its own, stored with its frames in one script. Rows
 wait in a partition's buffer until they fill a frame or have lingered long enough; what waits is
 not covered by the cursor, so it comes again after a crash. What a restarted source pushes again is
-dropped by its ordinal. Messages (instruments, clocks) may come again: readers take them twice
-without harm.
+dropped by its ordinal, and so are gaps and disconnects between such rows: told of long after, they
+would touch windows that can no longer be made anew. Other messages (instruments, clocks) may come
+again: readers take them twice without harm.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CALL_BYTES = 960 << 10  # of one publishing call, so that the script does not ho
 CALL_FRAMES = 256
 INSTRUMENTS_A_FRAME = 500
 READ_BACK = 32
+NOWHERE = -1
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -93,6 +95,7 @@ class PublisherOutput:
         self._records = settings.frame_records
         self._linger = settings.linger_ms / 1000
         self._parts = [_Partition(p) for p in range(partitions)]
+        self._newest = NOWHERE  # ordinal of the rows pushed since `attach`
         self._lock = threading.RLock()
         self._armed = threading.Event()
         self._closed = threading.Event()
@@ -119,6 +122,7 @@ class PublisherOutput:
                 if part.seq:
                     self._open(part, resume)
             self._failed, self._halted = None, False
+            self._newest = NOWHERE
             self._armed.clear()
         if self._thread is None:
             self._thread = threading.Thread(target=self._tend, name=f"ingest-{self.feed}", daemon=True)
@@ -191,14 +195,20 @@ class PublisherOutput:
         with self._lock:
             self._check()
             for part in self._parts:
-                if part.home:
+                if part.home and not (self._told(part) and isinstance(message, Gap | Disconnect)):
                     self._flush(part)
                     self._message(part, kind, 1, at, body)
+
+    def _told(self, part: _Partition) -> bool:
+        """Whether a partition holds rows from behind this place of the tape, and so all messages up to here."""
+        return self.by_ordinal and NOWHERE < self._newest < part.done - 1
 
     def ticks(self, grouped: Grouped, cursor: bytes) -> None:
         """See Output."""
         with self._lock:
             self._check()
+            if len(grouped.ordinals):
+                self._newest = max(self._newest, int(grouped.ordinals.max()))
             for g, p in enumerate(grouped.partitions):
                 part = self._parts[p]
                 start, end = grouped.starts[g], grouped.starts[g + 1]

@@ -27,6 +27,7 @@ from services.ingest.pacing import Pacer
 from services.ingest.source import Output, Resume
 from services.ingest.tardis_csv_rows import TYPES, Columns, Layout, layout_of
 from services.ingest.tardis_route import Router
+from services.ingest.tardis_symbols import EXCHANGES
 from shared.errors import SourceError
 from shared.frames import NS, TICK, Rows
 from shared.settings import Settings
@@ -73,7 +74,7 @@ class _Open:
 class TardisCsv:
     """Source over CSV files of any number of exchanges. `speed`: None as fast as possible, else times market time.
 
-    Files named as the vendor names them hold a whole day, so the tape ends with the newest such day, and days that
+    Files named as the vendor names them hold a whole day, so the tape begins and ends with such days, and days that
     are left out between them are gaps. The constructor reads the headers and raises SourceError for what it cannot
     play, ConfigError without polars. A run that resumes reads the tape again from its start: what the bus holds is
     dropped there, by ordinal.
@@ -92,7 +93,9 @@ class TardisCsv:
         router = Router(self.feed, self._settings.tapeline.partitions, grace_ns)
         pacer = Pacer(self._speed) if self._speed is not None else None
         merge = Merge(self._files, Columns(router.symbol))
-        holes, ends = _holes(self._files)
+        holes, begins, ends = _holes(self._files)
+        for exchange, at_ns in begins.items():
+            router.begin(exchange, at_ns)
         out.connection("connected", f"{len(self._files)} CSV files")
         ordinal = 0
         try:
@@ -301,15 +304,17 @@ def _head(path: Path) -> CsvFile | None:
 def _named(name: str) -> tuple[str, int | None]:
     """Exchange and day (ns of its midnight) of a file named as the vendor names them."""
     match = _NAMED.match(name)
+    if match is None or match["exchange"] not in EXCHANGES:
+        return "", None
     try:
-        day = datetime.fromisoformat(match["day"]).replace(tzinfo=UTC) if match is not None else None
+        day = datetime.fromisoformat(match["day"]).replace(tzinfo=UTC)
     except ValueError:
-        day = None
-    return (match["exchange"], int(day.timestamp()) * NS) if match is not None and day is not None else ("", None)
+        return "", None
+    return match["exchange"], int(day.timestamp()) * NS
 
 
-def _holes(files: list[CsvFile]) -> tuple[list[tuple[int, str]], dict[str, int]]:
-    """Where days without files end: (ns, exchange), by time; and where the days of each exchange end."""
+def _holes(files: list[CsvFile]) -> tuple[list[tuple[int, str]], dict[str, int], dict[str, int]]:
+    """Where days without files end: (ns, exchange), by time; where the days of each exchange begin and end."""
     days: dict[str, set[int]] = {}
     for file in files:
         if file.day is not None:
@@ -320,4 +325,5 @@ def _holes(files: list[CsvFile]) -> tuple[list[tuple[int, str]], dict[str, int]]
         for before, after in pairwise(sorted(known))
         if after - before > DAY_NS
     ]
-    return sorted(holes), {exchange: max(known) + DAY_NS for exchange, known in days.items()}
+    begins = {exchange: min(known) for exchange, known in days.items()}
+    return sorted(holes), begins, {exchange: max(known) + DAY_NS for exchange, known in days.items()}

@@ -50,8 +50,10 @@ class TardisReplay:
         self._request = Request(tuple(_option(spec) for spec in specs), path=REPLAY)
         if len(self._request.target()) > URL_BYTES:
             raise ConfigError(f"{specs[0].text[:60]}… names too many symbols for one replay: split it")
+        self._begins: dict[str, int] = {}
         self._ends: dict[str, int] = {}
         for spec in specs:
+            self._begins[spec.venue] = min(self._begins.get(spec.venue, _ns(spec.start)), _ns(spec.start))
             self._ends[spec.venue] = max(self._ends.get(spec.venue, 0), _ns(spec.end))
         self.tape = blake2b(msgspec.json.encode(self._request.options), digest_size=16).hexdigest()
 
@@ -59,6 +61,8 @@ class TardisReplay:
         """See Source."""
         s = self._settings.tardis
         router = Router(self.feed, self._settings.tapeline.partitions, s.grace_ms * 1_000_000)
+        for exchange, at_ns in self._begins.items():
+            router.begin(exchange, at_ns)
         decode = Decoder(router.symbol)
         pacer = Pacer(self._speed) if self._speed is not None else None
         read = skip = 0  # messages; the latter of them again

@@ -251,6 +251,11 @@ class Router:
 
     # -- begin and end -----------------------------------------------------------------------
 
+    def begin(self, exchange: str, at_ns: int) -> None:
+        """The exchange is watched from here on, not just from its first record; before its first row."""
+        feed = self._feed_named(exchange)
+        self._first[feed.number] = at_ns
+
     def recall(self, instruments: Iterable[Instrument], rows: Rows) -> None:
         """Start from what a former process published: its instruments, and TICK rows as on the bus (bus ids).
 
