@@ -13,7 +13,7 @@ import numpy as np
 
 from services.aggregate import arena
 from services.aggregate.features import blank, step
-from services.aggregate.layout import NONE, ROWS_FIXED, UPTO
+from services.aggregate.layout import CHANGED, NONE, REVISED, ROWS_FIXED, UPTO
 from services.aggregate.rows import append, clear, whole
 from services.aggregate.sessions import session_at
 from shared.compiled import jit, jit_inline
@@ -337,7 +337,7 @@ def correct_bars(t: Rows, f: int, c: int, sec: int, signed: float) -> None:
             if start == first or (b.sec == start and b.revision != NONE):
                 if start == first or signed != 0.0 or tf.feature != NONE:
                     b.revision += 1
-                    b.dirty = 1
+                    b.dirty |= CHANGED if start == first else REVISED
                 b.cvd += signed
                 if start == first and arena.contracts(t)[c].ring != NONE:
                     b.delta += signed  # it is folded again later; `_cvd_before` may look before that
@@ -356,7 +356,7 @@ def correct_bars(t: Rows, f: int, c: int, sec: int, signed: float) -> None:
             if exists:
                 if (start == first and front == c) or counts or (held and tf.feature != NONE):
                     own.revision += 1
-                    own.dirty = 1
+                    own.dirty |= CHANGED if start == first and front == c else REVISED
                 if counts:
                     own.cvd += signed
                 arena.bar_dirty(t)[ticker, at] = 1
@@ -393,12 +393,12 @@ def _again(t: Rows, f: int, e: int, i: int) -> None:
         if b.sec != start or b.revision == NONE:
             continue
         if entity.root == NONE:
-            if b.dirty:
+            if b.dirty & CHANGED:
                 _fold(t, e, i, b)
             if b.trades == 0 and not np.isnan(close):
                 b.open = b.high = b.low = b.close = close
             close = b.close
-        elif b.dirty:
+        elif b.dirty & CHANGED:
             front = b.front
             cvd = b.cvd
             _copy(t, entity.root, i, b, front, start + tf.seconds)

@@ -18,6 +18,7 @@ from services.aggregate.layout import (
     LATE_ROWS,
     NEVER,
     NONE,
+    REVISED,
     ROWS_1M,
     ROWS_1S,
     ROWS_FIXED,
@@ -289,7 +290,7 @@ class PartitionState(State):
                 b = bars[e, j]
                 if differs(int(b["front"]), int(b["sec"]), int(b["sec"] + tf["seconds"])):
                     b["revision"] += 1
-                    b["dirty"] = 1
+                    b["dirty"] |= REVISED
                     self.entities[e]["dirty"] = 1
                     self._growing["entity_dirty"].rows[e] = 1
                     self._growing["bar_dirty"].rows[e, slots.start + j] = 1

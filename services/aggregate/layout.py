@@ -84,7 +84,8 @@ ENTITY = np.dtype(
 )  # fmt: skip
 
 # A fixed candle that may still change, in its entity's slots. `sec` is its start; `revision` NONE until it has a
-# row; the state columns are what came within it until it closes, then what stood at its end.
+# row; the state columns are what came within it until it closes, then what stood at its end. `dirty`: it waits to be
+# emitted again, and with CHANGED to be folded again (not for a gap: its seconds may be gone).
 BAR = np.dtype(
     [
         ("cvd", "<f8"), ("front", "<i8"),  # the contract that it is of
@@ -93,6 +94,8 @@ BAR = np.dtype(
         *((name, "<f8") for name in STATE_COLUMNS),
     ]
 )  # fmt: skip
+
+CHANGED, REVISED = 1, 2
 
 # A length of fixed candles, finest first. Its slots begin at `at`; candles are folded from those of `child`,
 # the finest from seconds. `feature` is its row of feature states. Not all are emitted: some only shorten the fold.

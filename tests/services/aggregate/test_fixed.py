@@ -197,3 +197,18 @@ def test_state_of_other_settings_is_refused() -> None:
     fields = state.changes()
     with pytest.raises(ConfigError, match="timeframes 15s,1m"):
         PartitionState.restore(Config(sessions=lambda venue, root: ALWAYS, timeframes=(60,)), fields)
+
+
+def test_a_gap_told_long_after_changes_nothing_but_the_mark() -> None:
+    """The seconds of these candles are gone by then."""
+    tape = [*begin(), frame(*(trade(i + 0.5, 100 + i % 7, i % 3 + 1, 1 - 2 * (i % 2)) for i in range(900))), clock(900)]
+    state = PartitionState(config())
+    before = dict(final(state, tape))
+    gap = Gap(FEED, (START + 601) * NS, (START + 602) * NS, "told late")
+    after = final(state, [Frame("gap", 1, 0, 0, FEED, encode([gap])), clock(901)], dict(before))
+    touched = {key for key, row in after.items() if not row["complete"]}
+    assert touched >= {("BTCUSDT", 300, 600)}
+    for key, row in after.items():
+        for column in ("open", "high", "low", "close", "volume", "trades", "vd", "cvd_close", "vwap"):
+            assert row[column] == before[key][column], (key, column)
+        assert row["revision"] == (1 if key in touched else 0)
