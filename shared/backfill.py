@@ -79,7 +79,10 @@ def run(tapes: Sequence[Playable], settings: Settings, tell: Tell, stop: threadi
     """
     began = time.monotonic()
     store = store_of(settings.tapeline.store, settings.sink.ohlc_bars)
-    store.open()
+    try:
+        store.open()
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"{error}: see whether another program holds it, and try again") from None
     try:
         pipe = Pipe(settings, Writer(store, settings, identity(tapes), stop), tell)
         for tape in tapes:

@@ -137,7 +137,8 @@ def test_a_known_symbol_is_not_waited_for(candled: Bus, tmp_path: Path) -> None:
 def test_a_terminal_gets_colours(candled: Bus, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     line = [sys.executable, "-P", "-m", "shared.cli", "watch", "BTCUSDT", "ES", "--no-follow", "--timeframe", "1m"]
-    done = subprocess.run(line, cwd=tmp_path, env=environ(candled), stdout=theirs, timeout=60, check=False)
+    env = {name: value for name, value in environ(candled).items() if name != "NO_COLOR"}
+    done = subprocess.run(line, cwd=tmp_path, env=env, stdout=theirs, timeout=60, check=False)
     os.close(theirs)
     assert done.returncode == 0
     text = until(lambda: os.read(ours, 65536)).decode()
