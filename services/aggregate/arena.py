@@ -30,7 +30,7 @@ from services.aggregate.layout import (
     SUMMARY,
     TIMEFRAME,
 )  # fmt: skip
-from shared.compiled import jit
+from shared.compiled import jit, jit_inline
 from shared.frames import CANDLE, FIXED, Rows
 
 WINDOW = 60
@@ -130,39 +130,43 @@ bar_dirty: Any = jit(lambda t: carray(_pointer(t[58]), (t[59], t[63]), np.int8))
 feature_dirty: Any = jit(lambda t: carray(_pointer(t[60]), (t[61], t[64]), np.int8))
 
 
-@jit
+@jit_inline
 def open_arrays(t: Rows) -> Arrays:
-    """The arrays behind an address table (compiled code only)."""
+    """The arrays behind an address table (compiled code only).
+
+    Written out, and compiled into its callers: else they look up every address and stride again, and the trade
+    loop runs at a quarter of its speed.
+    """
     return Arrays(
-        feeds(t),
-        contracts(t),
-        ring(t),
-        minutes(t),
-        roots(t),
-        closes(t),
-        sessions(t),
-        gaps(t),
-        table_key(t),
-        table_value(t),
-        params(t),
-        out_1m(t),
-        out_1s(t),
-        counters(t),
-        ring_dirty(t),
-        close_dirty(t),
-        cache(t),
-        suffix(t),
-        prefix(t),
-        scratch(t),
-        timeframes(t),
-        entities(t),
-        bars(t),
-        features(t),
-        out_fixed(t),
-        row(t),
-        features_now(t),
-        contract_dirty(t),
-        entity_dirty(t),
-        bar_dirty(t),
-        feature_dirty(t),
+        carray(_pointer(t[0]), (t[1],), FEED),
+        carray(_pointer(t[2]), (t[3],), CONTRACT),
+        carray(_pointer(t[4]), (t[5], t[62]), SUMMARY),
+        carray(_pointer(t[6]), (t[7], MINUTES), MINUTE),
+        carray(_pointer(t[8]), (t[9],), ROOT),
+        carray(_pointer(t[10]), (t[11], t[62]), CLOSED),
+        carray(_pointer(t[12]), (t[13], 2), np.int64),
+        carray(_pointer(t[14]), (t[15],), GAP),
+        carray(_pointer(t[16]), (t[17],), np.int64),
+        carray(_pointer(t[18]), (t[19],), np.int64),
+        carray(_pointer(t[20]), (t[21],), PARAMS),
+        carray(_pointer(t[22]), (t[23],), CANDLE),
+        carray(_pointer(t[24]), (t[25],), CANDLE),
+        carray(_pointer(t[26]), (t[27],), np.int64),
+        carray(_pointer(t[28]), (t[29], t[62] // CHUNK), np.int8),
+        carray(_pointer(t[30]), (t[31], t[62] // CHUNK), np.int8),
+        carray(_pointer(t[32]), (t[33],), CACHE),
+        carray(_pointer(t[34]), (t[35], WINDOW), SUMMARY),
+        carray(_pointer(t[36]), (t[37],), SUMMARY),
+        carray(_pointer(t[38]), (t[39],), SUMMARY),
+        carray(_pointer(t[40]), (t[41],), TIMEFRAME),
+        carray(_pointer(t[42]), (t[43],), ENTITY),
+        carray(_pointer(t[44]), (t[45], t[63]), BAR),
+        carray(_pointer(t[46]), (t[47], t[64], 2, FEATURE_STATE), np.float64),
+        carray(_pointer(t[48]), (t[49],), FIXED),
+        carray(_pointer(t[50]), (t[51],), FIXED),
+        carray(_pointer(t[52]), (t[53], FEATURE_STATE), np.float64),
+        carray(_pointer(t[54]), (t[55],), np.int8),
+        carray(_pointer(t[56]), (t[57],), np.int8),
+        carray(_pointer(t[58]), (t[59], t[63]), np.int8),
+        carray(_pointer(t[60]), (t[61], t[64]), np.int8),
     )
