@@ -32,6 +32,7 @@ SOURCES = (
     "services.aggregate.rows",
     "services.aggregate.features",
     "services.aggregate.bars",
+    "services.aggregate.beside",
     "services.aggregate.front_month",
     "services.aggregate.kernel",
 )

@@ -18,10 +18,8 @@ from services.aggregate.bars import (
     correct_bars,
     flush_bars,
     start_of,
-    take_liquidation,
-    take_quote,
-    take_ticker,
 )
+from services.aggregate.beside import take_state
 from services.aggregate.front_month import add_minute, first_front, judge_front
 from services.aggregate.layout import (
     CHUNK,
@@ -41,7 +39,7 @@ from services.aggregate.layout import (
 from services.aggregate.rows import clear, emit_1m, emit_1s
 from services.aggregate.sessions import session_at, warm_at
 from shared.compiled import jit, jit_inline
-from shared.frames import BOOK, CLOCK, LIQUIDATION, NS, TICKER, TRADE, Row, Rows
+from shared.frames import BOOK, CLOCK, NS, OPTION, TRADE, Row, Rows
 from shared.sides import lee_ready
 
 
@@ -366,20 +364,6 @@ def _trade(x: Arrays, table: Rows, i: int, t: Row, c: int, late: Rows) -> None:
 
 
 @jit_inline
-def _state(x: Arrays, table: Rows, c: int, t: Row) -> None:
-    """Books, tickers and liquidations stand beside the fixed candles."""
-    known = True
-    if t.kind == BOOK:
-        known = take_quote(table, c, t)
-    elif t.kind == TICKER:
-        known = take_ticker(table, c, t)
-    elif t.kind == LIQUIDATION:
-        known = take_liquidation(table, c, t)
-    if not known:
-        x.counters[LATE_STATE] += 1
-
-
-@jit_inline
 def _reach(x: Arrays, table: Rows, f: int, mark: int) -> bool:
     """The feed's watermark is at least `mark`; False when the output is full."""
     feed = x.feeds[f]
@@ -423,5 +407,6 @@ def run(ticks: Rows, start: int, table: Rows, late: Rows) -> int:
         else:
             if t.kind == BOOK and not _reach(x, table, f, t.ts_event_ns - x.feeds[f].grace_ns):
                 return i
-            _state(x, table, c, t)
+            if t.kind != OPTION and not take_state(table, c, t):
+                x.counters[LATE_STATE] += 1
     return len(ticks)
