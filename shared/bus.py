@@ -99,7 +99,7 @@ class Bus:
         folder = files("shared") / "scripts"
         self._script = {
             name: _Script(self.client, (folder / f"{name}.lua").read_text())
-            for name in ("publish", "attach", "commit", "lease", "trim")
+            for name in ("publish", "attach", "commit", "lease", "trim", "look")
         }
 
     def clone(self) -> Bus:
@@ -239,6 +239,17 @@ class Bus:
         with self._errors():
             node = self.client.get_node_from_key(next(iter(positions)))
             return self.client.execute_command(*command, target_nodes=node)
+
+    def look(self, partition: int, topic: str, at: str) -> tuple[list[bytes], list[bytes], bool]:
+        """(first entry, newest entry not after `at`, whether entries were ever trimmed), all of one instant.
+
+        An entry is [id, sequence], [id] when it has no sequence, [] when there is none.
+        """
+        with self._errors():
+            first, before, held, ever = self._script["look"](
+                keys=[self.keys.stream(partition, topic), self.keys.info(partition, topic)], args=[at]
+            )
+        return first, before, ever > held
 
     def last_id(self, partition: int, topic: str) -> str:
         """Id of the newest entry ever added, `0-0` for none."""

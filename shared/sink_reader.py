@@ -198,7 +198,6 @@ class Reader:
 
     def _check(self, bus: Bus, topic: str, place: Place) -> None:
         """Whether the stream goes on from our place; also registers the store as its consumer."""
-        stream = bus.keys.stream(self.partition, topic)
         answer = bus.call("hget", bus.keys.consumers(self.partition, topic), self.hub.consumer)
         told = answer.decode() if answer else None
         if topic == "ticks":
@@ -208,10 +207,8 @@ class Reader:
         # First of all hold back trimming where the store needs the stream, but say nothing newer than Redis
         # knows: what it knows is what it has not lost.
         bus.done_with(self.partition, topic, self.hub.consumer, older(place.acked, told or place.acked))
-        first = entry(bus.call("xrange", stream, "-", "+", count=1))
-        before = entry(bus.call("xrevrange", stream, max=place.id, min="-", count=1))
-        held = bus.call("xlen", stream)  # before the number ever added: what comes between must not hide a trimming
-        trimmed = int(bus.call("hget", bus.keys.info(self.partition, topic), "frames") or 0) > held
+        *seen, trimmed = bus.look(self.partition, topic, place.id)
+        first, before = map(entry, seen)
         if topic in STAGES:
             out_seq = bus.call("hget", bus.keys.meta(self.partition, STAGES[topic]), "out_seq")
             why = lost_tail(place.seq, place.id, before, first, int(out_seq) if out_seq else None)

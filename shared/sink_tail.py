@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 START = "0-0"
 
@@ -54,15 +54,14 @@ def lost_entries(at: str, before: Entry | None, told: str | None, trimmed: bool)
     return (why, told) if after(at, told) else None
 
 
-def entry(reply: Any) -> Entry | None:
-    """The first entry of an XRANGE reply."""
-    if not reply:
+def entry(seen: list[bytes]) -> Entry | None:
+    """An entry as the bus saw it: [id, sequence], [id] or []."""
+    if not seen:
         return None
-    entry_id, fields = reply[0]
     try:
-        return Entry(entry_id.decode(), int(fields[b"seq"]))
-    except (KeyError, ValueError):
-        return Entry(entry_id.decode(), None)
+        return Entry(seen[0].decode(), int(seen[1]))
+    except (IndexError, ValueError):
+        return Entry(seen[0].decode(), None)
 
 
 def after(a: str, b: str) -> bool:
