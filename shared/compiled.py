@@ -35,6 +35,8 @@ SOURCES = (
     "services.aggregate.beside",
     "services.aggregate.front_month",
     "services.aggregate.kernel",
+    "services.pressure.layout",
+    "services.pressure.kernel",
 )
 
 

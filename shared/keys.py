@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TOPICS = ("ticks", "candles", "late")
+TOPICS = ("ticks", "candles", "late", "pressure", "signals", "usage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,21 @@ class Keys:
     def state(self, partition: int, stage: str) -> str:
         """Hash: the stage's committed state, a field per changed piece."""
         return self._p(partition, stage, "state")
+
+    def alerts(self, part: str) -> str:
+        """Of the one alerts worker, in partition 0's slot.
+
+        `state`: what it committed; `open`: hash, alert id -> JSON of the Alert; `acks`: hash, alert id -> who.
+        """
+        return self._p(0, "alerts", part)
+
+    def usage(self, feed: str) -> str:
+        """Hash: UTC day -> JSON of the feed's Usage so far."""
+        return f"{self.namespace}:usage:{feed}"
+
+    def instrument_days(self, partition: int) -> str:
+        """Hash: `<instrument id>@<UTC day>` -> JSON of the Instrument as first defined on that day."""
+        return self._p(partition, "instruments", "days")
 
     @property
     def workers(self) -> str:

@@ -24,6 +24,9 @@ SERVICES = {
     "ingest-tardis-replay": "services.ingest.worker:run_tardis_replay",
     "ingest-tardis-files": "services.ingest.worker:run_tardis_files",
     "aggregate": "services.aggregate.worker:run",
+    "pressure": "services.pressure.worker:run",
+    "signals": "services.signals.worker:run",
+    "alerts": "services.alerts.worker:run",
     "sink-sqlite": "services.sink_sqlite.worker:run",
 }
 # Of the services that play a tape: the source alone, `open(settings, args)`, see shared.sources.make.
@@ -37,8 +40,11 @@ TAPES = {
 TOOLS = {
     "generate": "services.ingest.synthetic:generate",
     "aggregate-stage": "services.aggregate.worker:AggregateStage",
+    "pressure-stage": "services.pressure.worker:PressureStage",
+    "signals-stage": "services.signals.worker:SignalStage",
     "store-sqlite": "services.sink_sqlite.store:SqliteStore",
     "warm-aggregate": "services.aggregate.core:warm",
+    "warm-pressure": "services.pressure.kernel:warm",
     "warm-ingest": "services.ingest.normalize:warm",
 }
 

@@ -44,7 +44,11 @@ class RedisSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Databento(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The Databento live feed. `gateway` and `port` are for tests and proxies."""
+    """The Databento live feed. `gateway` and `port` are for tests and proxies.
+
+    `option_roots`: which root's options those of another root are (weeklies), by pattern. `hours`: the calendar in
+    whose sessions to be connected; empty is always.
+    """
 
     api_key: str = ""
     dataset: str = "GLBX.MDP3"
@@ -60,6 +64,10 @@ class Databento(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start: str = ""
     history_max_usd: float = 0.0
     history_gateway: str = ""
+    option_roots: dict[str, str] = msgspec.field(
+        default_factory=lambda: {"E[1-5][A-E]": "ES", "EW*": "ES", "Q[1-5][A-E]": "NQ", "QN*": "NQ"}
+    )
+    hours: str = ""
 
 
 class Synthetic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +94,7 @@ class Tardis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backoff_max_seconds: float = 30.0
     datasets_url: str = "https://datasets.tardis.dev"
     download_dir: str = ""
+    hours: str = ""
 
 
 class Ingest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,6 +116,75 @@ class Aggregate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     big_trade: dict[str, float] = msgspec.field(default_factory=lambda: {"NG": 50.0})
     big_trade_default: float = 25.0
     calendars: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class PressureSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Option pressure. `workers` 0: none. `block_size`: root -> contracts that make a block (deribit:BTC=25).
+
+    `definition_wait_seconds`: how long (event time) a trade of an option waits for its definition. `rate`: the
+    interest rate a year that implied volatility discounts with.
+    """
+
+    workers: int = 1
+    window_seconds: int = 300
+    definition_wait_seconds: int = 60
+    block_size: dict[str, float] = msgspec.field(default_factory=lambda: {"deribit:BTC": 25.0, "deribit:ETH": 250.0})
+    block_size_default: float = 100.0
+    greeks: bool = True
+    rate: float = 0.0
+
+
+class SignalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Signals of option pressure. `workers` 0: none. `plugins`: entry points of `tapeline.signals` to load.
+
+    `sessions`: how far back a baseline goes; `min_samples`: fewer are none. `cluster_width`: strikes to either side.
+    """
+
+    workers: int = 1
+    sessions: int = 20
+    min_samples: int = 20
+    cluster_width: int = 3
+    emit_from: float = 0.6
+    plugins: tuple[str, ...] = ()
+
+
+class AlertRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which signals and events become an alert, of which severity, on which channels; empty matches all.
+
+    `events` are operational: feed_silent, gap, budget, backlog, dead_letters. The first rule that matches counts.
+    """
+
+    severity: str
+    channels: tuple[str, ...] = ()
+    grades: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    underlyings: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
+
+
+class AlertSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Alerts: channels by name (an http(s):// webhook, or any URL that apprise takes), rules in order.
+
+    No channel: no alerts worker. Without rules every signal from HIGH on and every event alerts all channels.
+    """
+
+    channels: dict[str, str] = msgspec.field(default_factory=dict)
+    rules: tuple[AlertRule, ...] = ()
+    fold_seconds: int = 600
+    escalate_seconds: int = 1800
+    silent_seconds: float = 120.0
+    backlog_seconds: float = 60.0
+    retry_max_seconds: float = 60.0
+
+
+class UsageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the paid feeds cost a UTC day, and where they are stopped: at `stop_at` of `daily_usd` (0: no budget)."""
+
+    usd_per_mib: float = 0.01
+    usd_per_hour: float = 1.0
+    daily_usd: float = 25.0
+    stop_at: float = 0.8
+    priced_feeds: tuple[str, ...] = ("databento",)
 
 
 class Sink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -132,6 +210,10 @@ class Settings:
     synthetic: Synthetic = Synthetic()
     ingest: Ingest = Ingest()
     aggregate: Aggregate = Aggregate()
+    pressure: PressureSettings = PressureSettings()
+    signals: SignalSettings = SignalSettings()
+    alerts: AlertSettings = AlertSettings()
+    usage: UsageSettings = UsageSettings()
     sink: Sink = Sink()
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -151,7 +233,7 @@ ALIASES = {
 }
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 STYPES = ("parent", "raw_symbol", "continuous")
-SECRETS = frozenset({"databento.api_key", "tardis.api_key"})
+SECRETS = frozenset({"databento.api_key", "tardis.api_key", "alerts.channels"})
 # Read by other parts of the program, not settings.
 NOT_SETTINGS = frozenset({"TAPELINE_CONFIG", "TAPELINE_SUPERVISOR_PID"})
 
@@ -263,6 +345,20 @@ def _check(s: Settings) -> None:
         (0 <= s.tardis.grace_ms <= 60_000, "tardis.grace_ms", "between 0 and 60000"),
         (s.tardis.silence_seconds >= 1, "tardis.silence_seconds", "at least 1"),
         (bool(s.sink.modes) and set(s.sink.modes) <= {"candles", "ticks"}, "sink.modes", "candles, ticks or both"),
+        (0 <= s.pressure.workers <= 64, "pressure.workers", "between 0 and 64"),
+        (s.pressure.window_seconds > 0 and 86400 % s.pressure.window_seconds == 0, "pressure.window_seconds",
+         "a divisor of a day (60, 300, 900)"),
+        (s.pressure.window_seconds >= s.aggregate.max_lateness_seconds, "pressure.window_seconds",
+         "at least aggregate.max_lateness_seconds, so that a window is final before the next one ends"),
+        (1 <= s.pressure.definition_wait_seconds <= 3600, "pressure.definition_wait_seconds", "between 1 and 3600"),
+        (0 <= s.signals.workers <= 64, "signals.workers", "between 0 and 64"),
+        (1 <= s.signals.sessions <= 250, "signals.sessions", "between 1 and 250"),
+        (s.signals.min_samples >= 3, "signals.min_samples", "at least 3"),
+        (s.signals.cluster_width >= 1, "signals.cluster_width", "at least 1"),
+        (0 < s.signals.emit_from <= 1, "signals.emit_from", "above 0, at most 1"),
+        (min(s.usage.usd_per_mib, s.usage.usd_per_hour) >= 0, "usage.usd_per_mib", "0 or more, as usd_per_hour"),
+        (s.usage.daily_usd >= 0, "usage.daily_usd", "0 (no budget) or more"),
+        (0 < s.usage.stop_at <= 1, "usage.stop_at", "above 0, at most 1"),
         (s.aggregate.quiet_reset_seconds >= 60, "aggregate.quiet_reset_seconds", "at least 60"),
         (s.sink.batch_rows >= 1, "sink.batch_rows", "at least 1"),
         (s.sink.batch_ms >= 1, "sink.batch_ms", "at least 1"),

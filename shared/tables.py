@@ -6,6 +6,7 @@ What a store adds of its own is how it writes an instant (text, or a time type) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared.frames import (
     BOOK,
@@ -109,12 +110,109 @@ TICK_TABLES = {
 INSTANTS = {"timestamp": "ns", "funding_timestamp": "s", "expiration": "s"}
 UNDEFINED = -(1 << 63)
 
+
+class Column(NamedTuple):
+    """A column of a message table: `path` is the message's attribute (`components.raw`: of a part of it).
+
+    `sort`: text, real, integer, boolean, json, or time (ns that become the store's instant). `latency_ms` and
+    `timestamp_out` are of every such table that has a window.
+    """
+
+    name: str
+    path: str
+    sort: str
+    null: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MessageTable:
+    """A table of JSON messages: a row per key, the highest `order` (revision, or instant) of them wins."""
+
+    name: str
+    key: tuple[str, ...]
+    time: str
+    columns: tuple[Column, ...]
+    order: str = "revision"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.columns)
+
+
+def _columns(*specs: str) -> tuple[Column, ...]:
+    """From texts `sort name…`; `name=path` where they differ, `name?` where it may be undefined."""
+    out = []
+    for spec in specs:
+        sort, *names = spec.split()
+        for text in names:
+            name, _, path = text.rstrip("?").partition("=")
+            out.append(Column(name, path or name, sort, text.endswith("?")))
+    return tuple(out)
+
+
+_OPTION_KEY = ("text underlying", "time expiration=expiration_ns", "real strike", "text option_type")
+_WINDOW = ("time time_window=time_window_ns", "integer window_seconds=window_sec")
+_STAMPS = ("boolean complete", "integer revision", "time timestamp_out=timestamp_out_ns", "real latency_ms")
+_USAGE = ("text state", "real budget_usd")
+
+# Kind of a message -> its tables.
+MESSAGE_TABLES = {
+    "pressure": (MessageTable(
+        "pressure_metrics", ("underlying", "expiration", "strike", "option_type", "time_window"), "time_window",
+        _columns(
+            *_OPTION_KEY, *_WINDOW, "real bid_volume ask_volume unknown_volume pressure_ratio? log_ratio",
+            "text dominant_side", "real confidence", "integer total_trades",
+            "real avg_trade_size max_trade_size vwap? premium ask_premium bid_premium open close",
+            "time first_trade=first_ns last_trade=last_ns mean_trade=mean_ns", "integer strike_rank sweeps",
+            "real sweep_ask_volume sweep_bid_volume", "integer blocks", "real block_ask_volume block_bid_volume",
+            "real underlying_price? moneyness? days_to_expiry? iv? delta?", *_STAMPS,
+        ),
+    ),),
+    "pressure_rollup": (MessageTable(
+        "pressure_rollups", ("underlying", "time_window"), "time_window",
+        _columns(
+            "text underlying", *_WINDOW, "real call_volume put_volume call_ask_volume call_bid_volume",
+            "real put_ask_volume put_bid_volume call_pressure put_pressure put_call_ratio?",
+            "real premium net_call_premium net_put_premium net_premium", "integer strikes total_trades",
+            "json top_strikes", "real underlying_price?", *_STAMPS,
+        ),
+    ),),
+    "signal": (MessageTable(
+        "signals", ("underlying", "expiration", "strike", "option_type", "time_window", "source"), "time_window",
+        _columns(
+            *_OPTION_KEY, *_WINDOW, "text source type", "json types", "text direction status reason",
+            "real score", "text grade baseline", "integer baseline_size",
+            *(f"real {name}=components.{name}?" for name in (
+                "raw", "base", "significance", "trend", "concentration", "persistence", "z", "z_volume", "percentile",
+                "volume_percentile", "volume_95", "market_maker", "cluster_factor",
+            )),
+            "integer cluster_size=components.cluster_size?",
+            "real log_ratio? volume? premium? underlying_price? moneyness?", *_STAMPS,
+        ),
+    ),),
+    "usage": (
+        MessageTable(
+            "usage_log", ("feed", "at"), "at",
+            _columns("text feed day", "time at=at_ns", "integer events bytes", "real connected_seconds cost_usd",
+                     *_USAGE),
+            "at",
+        ),
+        MessageTable(
+            "usage_daily", ("feed", "day"), "day",
+            _columns("text feed day", "time at=at_ns", "integer events=day_events bytes=day_bytes",
+                     "real connected_seconds=day_connected_seconds cost_usd=day_cost_usd", *_USAGE),
+            "at",
+        ),
+    ),
+}  # fmt: skip
+
 # The column that says when, where it is not `time`.
 _TIMES = {
     **{table.name: table.time for table in TABLES.values()},
     **{table.name: "timestamp" for table in TICK_TABLES.values()},
     "features": "timestamp_in", "ohlc_bars": "timestamp", "gaps": "start", "late_trades": "ts_event",
     "dead_letters": "at",
+    **{table.name: table.time for tables in MESSAGE_TABLES.values() for table in tables},
 }  # fmt: skip
 
 
