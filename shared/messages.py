@@ -203,14 +203,14 @@ class Signal(Message, frozen=True, tag="signal"):
 
     Unique by (underlying, expiration_ns, strike, option_type, time_window_ns, source): a later one has a higher
     `revision`. `status`: `emitted`, `monitor` (emitted, but perhaps a market maker's), `rejected` (`reason` says
-    why), `withdrawn` (a revised window does not bear it out any more). `type` is the first of `types`.
+    why), `withdrawn` (a revised window does not bear it out any more). `signal_type` is the first of `types`.
     `baseline`: `key_time`, `key`, `moneyness` or `insufficient`, of `baseline_size` samples.
     """
 
     underlying: str
     time_window_ns: int
     window_sec: int
-    type: str
+    signal_type: str
     direction: str
     score: float
     grade: str

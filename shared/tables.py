@@ -6,7 +6,7 @@ What a store adds of its own is how it writes an instant (text, or a time type) 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shared.frames import (
     BOOK,
@@ -180,7 +180,7 @@ MESSAGE_TABLES = {
     "signal": (MessageTable(
         "signals", ("underlying", "expiration", "strike", "option_type", "time_window", "source"), "time_window",
         _columns(
-            *_OPTION_KEY, *_WINDOW, "text source type", "json types", "text direction status reason",
+            *_OPTION_KEY, *_WINDOW, "text source type=signal_type", "json types", "text direction status reason",
             "real score", "text grade baseline", "integer baseline_size",
             *(f"real {name}=components.{name}?" for name in (
                 "raw", "base", "significance", "trend", "concentration", "persistence", "z", "z_volume", "percentile",
@@ -205,6 +205,18 @@ MESSAGE_TABLES = {
         ),
     ),
 }  # fmt: skip
+
+_PATHS = {
+    kind: tuple(column.path for column in tables[0].columns if column.name in tables[0].key)
+    for kind, tables in MESSAGE_TABLES.items()
+}
+
+
+def key_of(message: Any) -> tuple[Any, ...]:
+    """The key of a message's row: of all with the same one the newest revision counts."""
+    kind = message.__struct_config__.tag
+    return (kind, *(getattr(message, path) for path in _PATHS[kind]))
+
 
 # The column that says when, where it is not `time`.
 _TIMES = {
