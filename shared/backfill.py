@@ -24,14 +24,15 @@ from shared.batches import Source as Place
 from shared.errors import StoreUnavailable
 from shared.frames import CANDLE, NS, ROW_KINDS, TICK_FRAMES, Frame, Rows, tick_frame
 from shared.instruments import is_spread, partition_of
-from shared.messages import Clock, Disconnect, Gap, Instrument, encode
+from shared.messages import Clock, Disconnect, Gap, Instrument, decode, encode
 from shared.registry import TOOLS, resolve
 from shared.replay import Progress, Summary
 from shared.settings import Settings
 from shared.sink import Store
 from shared.sources import Playable
+from shared.stages import STAGES, enabled
 from shared.stores import parse
-from shared.tables import TABLES
+from shared.tables import MESSAGE_TABLES, TABLES, key_of
 from shared.worker import Core, Stage
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ ROW_BYTES = CANDLE.itemsize
 SETTLED_SECONDS = 180  # beyond the lateness that is accepted: no row is revised any more
 WAIT_MAX_SECONDS = 2.0
 NOT_TAKEN = ("outside_hours", "unknown_instrument", "not_candled")
+# Where the rows of a kind come from, if not from `candles`.
+TOPIC_OF = {"pressure": "pressure", "pressure_rollup": "pressure", "signal": "signals"}
 Tell = Callable[[Progress], None]
 
 
@@ -103,7 +106,7 @@ def run(tapes: Sequence[Playable], settings: Settings, tell: Tell, stop: threadi
 class Writer:
     """Collects what the cores made into batches and writes them; one transaction a batch.
 
-    A candle waits until no late trade can change it any more, so that only its last revision is written:
+    A row waits until no late trade can change it any more, so that only its last revision is written:
     a store that holds that one already stays as it is.
     """
 
@@ -114,7 +117,7 @@ class Writer:
         self._rows = settings.sink.batch_rows
         self._wait_ns = (settings.aggregate.max_lateness_seconds + SETTLED_SECONDS) * NS
         self._items: list[Item] = []
-        self._held: dict[tuple[int, str], _Held] = {}
+        self._held: dict[tuple[int, str], _Held | _HeldMessages] = {}
         self._weight = 0
         self._leftovers = [key for key in store.cursors() if key[0] == bus]
 
@@ -123,8 +126,12 @@ class Writer:
     ) -> None:
         """A numbered frame, with the partition's instruments for ticks; writes when a batch is full."""
         self._weight += 1 + len(frame.body) // ROW_BYTES
-        if frame.kind in TABLES:
-            self._held.setdefault((partition, frame.kind), _Held(frame.kind)).add(frame)
+        if frame.kind in TABLES or frame.kind in MESSAGE_TABLES:
+            held = self._held.get((partition, frame.kind))
+            if held is None:
+                held = _Held(frame.kind) if frame.kind in TABLES else _HeldMessages(frame.kind)
+                self._held[partition, frame.kind] = held
+            held.add(frame)
         else:
             self._items.append(self._item(topic, partition, frame, instruments or {}))
         if self._weight >= self._rows:
@@ -133,10 +140,10 @@ class Writer:
     def write(self, everything: bool = False) -> None:
         """Write what was collected, waiting for a store that does not answer (not beyond `stop`)."""
         items, self._items = self._items, []
-        for (partition, _), held in self._held.items():
+        for (partition, kind), held in self._held.items():
             frame = held.take(0 if everything else self._wait_ns)
             if frame is not None:
-                items.append(self._item("candles", partition, frame, {}))
+                items.append(self._item(TOPIC_OF.get(kind, "candles"), partition, frame, {}))
         # As many rows as still wait may come before these are looked through again.
         self._weight = -sum(held.count for held in self._held.values())
         if not items:
@@ -208,10 +215,40 @@ class _Held:
         return Frame(self.kind, len(rows), *span, "backfill", rows.tobytes(), self._seq, list(self._numbers))
 
 
+class _HeldMessages:
+    """Rows of option pressure or signals of one partition that may still be revised."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._newest: dict[tuple[Any, ...], Any] = {}
+        self._end_ns = self._seq = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._newest)
+
+    def add(self, frame: Frame) -> None:
+        for message in decode(frame.body):
+            self._newest[key_of(message)] = message
+        self._end_ns, self._seq = max(self._end_ns, frame.last_ns), frame.seq
+
+    def take(self, wait_ns: int) -> Frame | None:
+        """Messages whose window ended `wait_ns` before the newest, or earlier."""
+        edge = self._end_ns - wait_ns
+        settled = {key: m for key, m in self._newest.items() if m.time_window_ns + m.window_sec * NS <= edge}
+        if not settled:
+            return None
+        self._newest = {key: m for key, m in self._newest.items() if key not in settled}
+        messages = list(settled.values())
+        starts = [m.time_window_ns for m in messages]
+        last = max(starts) + messages[0].window_sec * NS
+        return Frame(self.kind, len(messages), min(starts), last, "backfill", encode(messages), self._seq)
+
+
 @dataclass(slots=True)
 class _Partition:
     number: int
-    core: Core | None = None
+    cores: dict[str, Core] = field(default_factory=dict)
     rows: list[Rows] = field(default_factory=list)  # tick rows that no frame holds yet
     feed: str = ""  # whose they are
     frames: list[Frame] = field(default_factory=list)  # that the core has not seen
@@ -219,16 +256,17 @@ class _Partition:
     instruments: dict[int, Instrument] = field(default_factory=dict)
     last_ns: int = 0
     ticks_seq: int = 0
-    seq: int = 0
+    seqs: Counter[str] = field(default_factory=Counter)  # by stage
 
 
 class Pipe:
-    """Every partition's core in this process: frames in, in stream order, rows to the writer out."""
+    """Every partition's cores in this process: frames in, in stream order, rows to the writer out."""
 
     def __init__(self, settings: Settings, writer: Writer, tell: Tell) -> None:
         self.partitions = settings.tapeline.partitions
         self.skipped: Counter[str] = Counter()
-        self._stage = cast("Stage", resolve(TOOLS["aggregate-stage"])(settings))
+        chosen = enabled(settings) or ("aggregate",)  # what it counts is wanted even where only ticks are kept
+        self._stages = {name: cast("Stage", resolve(TOOLS[f"{name}-stage"])(settings)) for name in chosen}
         self._writer, self._tell = writer, tell
         self._parts = [_Partition(number) for number in range(self.partitions)]
         self._keeps = settings.sink.modes
@@ -288,6 +326,8 @@ class Pipe:
             candles_1m=made["candle_1m"],
             candles_1s=made["candle_1s"],
             late=made["late_trade"],
+            pressure=made["pressure"],
+            signals=made["signal"],
             gaps=made["gap"],
             dead_letters=self._writer.dead,
         )
@@ -320,8 +360,6 @@ class Pipe:
     def _step(self, part: _Partition) -> None:
         if not part.frames:
             return
-        if part.core is None:
-            part.core = self._stage.open({})
         frames, part.frames = part.frames, []
         records = sum(frame.count for frame in frames if frame.kind in TICK_FRAMES)
         self.progress.published += records
@@ -330,19 +368,31 @@ class Pipe:
                 self._writer.add("ticks", part.number, frame, part.instruments)
                 if frame.kind in TICK_FRAMES:
                     self.progress.made += frame.count
-        result = part.core.step(frames)
+        flowing = {"ticks": frames}
+        for name, stage in self._stages.items():
+            taken = flowing.get(STAGES[name].reads, [])
+            if taken:
+                flowing.update(self._run(part, name, stage, taken))
         self.progress.aggregated += records
+
+    def _run(self, part: _Partition, name: str, stage: Stage, frames: list[Frame]) -> dict[str, list[Frame]]:
+        """One stage's step; what it made goes to the writer, and by topic to the stages behind it."""
+        if name not in part.cores:
+            part.cores[name] = stage.open({})
+        result = part.cores[name].step(frames)
         counters = result.changes.get("counters")
-        if counters is not None:
+        if counters is not None and name == "aggregate":
             self._not_taken[part.number] = msgspec.json.decode(counters, type=dict[str, int])
         for topic, outputs in result.outputs.items():
             for frame in outputs:
-                part.seq += 1
-                frame.seq = part.seq
+                part.seqs[name] += 1
+                frame.seq = part.seqs[name]
+                frame.id = f"{frame.seq}-0"
                 self._made[frame.kind] += frame.count
                 if "candles" in self._keeps:
                     self.progress.made += frame.count
                     self._writer.add(topic, part.number, frame)
+        return result.outputs
 
     def _tell_progress(self) -> None:
         self.progress.stored = self._writer.stored

@@ -58,9 +58,9 @@ def cli(context: click.Context, config: str | None) -> None:
 
 
 def _register() -> None:
-    from shared import cli_backfill, cli_bus, cli_data, cli_demo, cli_ops, cli_replay, cli_run, cli_watch
+    from shared import cli_backfill, cli_bus, cli_data, cli_demo, cli_explain, cli_ops, cli_replay, cli_run, cli_watch
 
-    for module in (cli_run, cli_demo, cli_replay, cli_backfill, cli_data, cli_ops, cli_bus, cli_watch):
+    for module in (cli_run, cli_demo, cli_replay, cli_backfill, cli_data, cli_ops, cli_bus, cli_watch, cli_explain):
         for command in module.COMMANDS:
             cli.add_command(command)
 

@@ -151,6 +151,9 @@ def print_summary(s: Summary, settings: Settings) -> None:
         f"{s.candles:,} candles, {s.candles_1m:,} candles_1m and {s.candles_1s:,} candles_1s rows, "
         f"{s.late:,} late trades, {s.gaps:,} gaps, {s.dead_letters:,} dead letters"
     )
+    if s.pressure or s.signals:
+        click.echo(f"{s.pressure:,} rows of option pressure, {s.signals:,} signals"
+    )
     click.echo(f"stored in {Masker(settings)(settings.tapeline.store)}")
 
 

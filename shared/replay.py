@@ -18,9 +18,10 @@ from shared.errors import Unavailable
 from shared.keys import TOPICS
 from shared.settings import Settings
 from shared.sources import SourceSpec, programs
-from shared.status import STAGES, Reader
+from shared.stages import readers
+from shared.status import Reader
 from shared.stores import read_rows
-from shared.supervise import Program, redis_program
+from shared.supervise import Program, redis_program, stage_programs
 from shared.supervision import Supervision
 
 POLL_SECONDS = 0.1
@@ -42,7 +43,7 @@ class Plan:
 
 
 class Progress(msgspec.Struct):
-    """Records so far: on the bus, through aggregation, candle rows and late trades made and stored."""
+    """Records so far: on the bus, through the stages, and what these made (rows, late trades), of it stored."""
 
     published: int = 0
     aggregated: int = 0
@@ -64,6 +65,8 @@ class Summary(msgspec.Struct):
     candles_1m: int = 0
     candles_1s: int = 0
     late: int = 0
+    pressure: int = 0
+    signals: int = 0
     gaps: int = 0
     dead_letters: int = 0
     seconds: float = 0.0
@@ -85,15 +88,15 @@ def settings_of(plan: Plan, settings: Settings) -> Settings:
     return replace(settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis)
 
 
-def programs_of(plan: Plan, modes: tuple[str, ...]) -> list[Program]:
-    """Redis (unless another is used), the readers of the sources, the aggregators, the sink.
+def programs_of(plan: Plan, settings: Settings) -> list[Program]:
+    """Redis (unless another is used), the readers of the sources, the stages, the sink.
 
     Raises ConfigError for sources that cannot be replayed.
     """
     return [
         *([] if plan.redis else [redis_program()]),
         *(Program(service, (service, *args), final=FINAL) for service, args in programs(plan.sources, plan.speed)),
-        *([Program("aggregate", ("aggregate",), plan.aggregators, final=FINAL)] if "candles" in modes else []),
+        *stage_programs(settings, FINAL),
         Program("sink-sqlite", ("sink-sqlite",), final=FINAL),
     ]
 
@@ -106,7 +109,7 @@ def run(plan: Plan, settings: Settings, config: str | None, tell: Callable[[Prog
     began = time.monotonic()
     own = settings_of(plan, settings)
     summary = Summary()
-    with Supervision(own, programs_of(plan, own.sink.modes), config, remove=True) as supervision:
+    with Supervision(own, programs_of(plan, own), config, remove=True) as supervision:
         bus = _wait_for_redis(supervision)
         try:
             watch = Watch(bus, supervision, own)
@@ -142,7 +145,7 @@ class Watch:
     def __init__(self, bus: Bus, supervision: Supervision, settings: Settings) -> None:
         self._bus, self._supervision = bus, supervision
         self._reader = Reader(bus, settings.tapeline.partitions, settings.redis.lease_seconds, count_entries=200)
-        self._stages = STAGES if "candles" in settings.sink.modes else ()
+        self._settings = settings
         self.progress = Progress()
 
     def look(self) -> Progress:
@@ -169,8 +172,8 @@ class Watch:
                 p.stored += stream.records - min(behind, stream.records)
             if not stream.consumers or any(c.position != stream.newest for c in stream.consumers):
                 p.drained = False
-            # A sink of ticks may be there before the stage that has to read them, too.
-            if stream.topic == "ticks" and not {c.name for c in stream.consumers}.issuperset(self._stages):
+            # A sink may be there before a stage that has to read the stream, too.
+            if not {c.name for c in stream.consumers}.issuperset(readers(stream.topic, self._settings)):
                 p.drained = False
         return p
 
@@ -196,6 +199,7 @@ def count(bus: Bus, settings: Settings, summary: Summary) -> None:
     summary.candles = kinds.get("candles:candle", 0)
     summary.candles_1m, summary.candles_1s = kinds.get("candles:candle_1m", 0), kinds.get("candles:candle_1s", 0)
     summary.late, summary.gaps = kinds.get("late:late_trade", 0), kinds.get("candles:gap", 0)
+    summary.pressure, summary.signals = kinds.get("pressure:pressure", 0), kinds.get("signals:signal", 0)
     for feed in bus.call("hkeys", bus.keys.feeds):
         for name, value in bus.call("hgetall", bus.keys.ingest_counters(feed.decode())).items():
             reason = name.decode()

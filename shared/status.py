@@ -10,8 +10,8 @@ import msgspec
 from shared.bus import Bus
 from shared.heartbeat import Beat, redis_now_ms
 from shared.keys import TOPICS
+from shared.stages import STAGES
 
-STAGES = ("aggregate",)
 COUNT_ENTRIES = 500
 
 

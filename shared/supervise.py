@@ -22,6 +22,7 @@ from shared import registry
 from shared.errors import ConfigError
 from shared.redis_server import EmbeddedRedis, listens, remove_socket, socket_path
 from shared.settings import SECTIONS, Settings, env_name, load
+from shared.stages import enabled
 
 # `-P`: whatever lies in the working directory is not mistaken for this program's packages.
 PYTHON = (sys.executable, "-P", "-m")
@@ -111,11 +112,17 @@ def programs(settings: Settings) -> list[Program]:
             out += [Program(f"ingest-tardis-{name}", ("ingest-tardis", name)) for name in _exchanges(settings)]
         else:
             out.append(Program(f"ingest-{feed}", (f"ingest-{feed}",)))
-    if "candles" in settings.sink.modes:  # else nobody reads what it makes, and its stream fills
-        out.append(Program("aggregate", ("aggregate",), settings.aggregate.workers))
+    out += stage_programs(settings)
+    if settings.alerts.channels:
+        out.append(Program("alerts", ("alerts",)))
     if settings.tapeline.store.startswith("sqlite:"):
         out.append(Program("sink-sqlite", ("sink-sqlite",)))
     return out
+
+
+def stage_programs(settings: Settings, final: tuple[int, ...] = (0, 78)) -> list[Program]:
+    """The stages that these settings run: one that nobody reads from would only fill its stream."""
+    return [Program(stage, (stage,), getattr(settings, stage).workers, final) for stage in enabled(settings)]
 
 
 def _exchanges(settings: Settings) -> list[str]:
@@ -294,6 +301,8 @@ def environment(settings: Settings, config: str | None) -> dict[str, str]:
 
 def _text(value: object) -> str:
     """A value as `load` reads it from a variable."""
+    if isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
+        return msgspec.json.encode(value).decode()
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The partition worker: what every stateful stage (aggregate, later pressure and signals) runs in.
+"""The partition worker: what every stateful stage (aggregate, pressure, signals) runs in.
 
 A manager thread holds leases and hands them over; each owned partition has one thread that reads
 frames, lets the stage's pure core step, and commits state, outputs and input position in one script.
@@ -19,6 +19,7 @@ from shared.errors import BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.frames import Frame
 from shared.heartbeat import beat, leave, living
 from shared.settings import Settings
+from shared.stages import STAGES, enabled, readers
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,7 @@ class _Partition:
     def _work(self, bus: Bus) -> None:
         """Read, step, commit, until let go; every call starts from the committed state."""
         stage = self.worker.stage
+        self._register(bus)
         position, out_seq, fields = bus.load(self.number, stage.name, stage.topic)
         core = stage.open(fields)
         trimmed = time.monotonic()
@@ -186,6 +188,20 @@ class _Partition:
             if time.monotonic() - trimmed > TRIM_SECONDS or len(frames) == READ_FRAMES:
                 bus.trim(self.number, stage.topic)
                 trimmed = time.monotonic()
+
+    def _register(self, bus: Bus) -> None:
+        """Before anything may be trimmed here: the stages that read the same, or what this one writes.
+
+        One that the settings have switched off holds nothing back any more.
+        """
+        stage, settings = self.worker.stage, self.worker.settings
+        writes = STAGES[stage.name].writes if stage.name in STAGES else ()
+        for topic in (stage.topic, *writes):
+            for reader in readers(topic, settings):
+                bus.register(self.number, topic, reader)
+            for name in STAGES.keys() - {*enabled(settings), stage.name}:
+                if STAGES[name].reads == topic:
+                    bus.call("hdel", bus.keys.consumers(self.number, topic), name)
 
     def _commit(self, bus: Bus, step: Step) -> bool:
         """Commit, waiting while an output stream is full; False when stopped before it was done."""
