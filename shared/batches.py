@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.frames import CANDLE, CLOCK, FIXED, LATE, PACKED, TICK_FRAMES, UNREADABLE, Frame, Rows, reason_of
-from shared.messages import Gap, Instrument, decode
-from shared.tables import TABLES, Table
+from shared.message_check import check
+from shared.messages import AnyMessage, Gap, Instrument
+from shared.tables import MESSAGE_TABLES, TABLES, Table
 from shared.timeframes import LONGEST_SEC
 
 DEAD_BYTES = 48 << 10
@@ -28,7 +29,7 @@ _NEVER, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 class Source(NamedTuple):
     """Where on the bus something came from; `bus` is the bus's identity.
 
-    On `ticks`, where several producers count each for itself, `seq` orders nothing: `id` does.
+    On `ticks` and `usage`, where several producers count each for itself, `seq` orders nothing: `id` does.
     """
 
     bus: str
@@ -48,7 +49,7 @@ class Cursor(NamedTuple):
 class Rewind(NamedTuple):
     """What a store forgets of a stream whose tail Redis has lost.
 
-    Of a stage's topic all from `source.seq` on, of `ticks` all behind the entry `after`.
+    Of a stage's topic all from `source.seq` on, of one with several producers all behind the entry `after`.
     """
 
     source: Source
@@ -64,8 +65,8 @@ class Item:
 
     `frame` is None for an entry that is no frame (`problem` says why, `raw` is its body). `rewound`:
     the first entry read again after the bus lost its tail; the store forgets what it has of this
-    stream from here on, for that may be of the lost tail (on `ticks`: what it has behind the entry
-    `after`). `epoch` is the reader's. `instruments`: those of the partition, for tick rows.
+    stream from here on, for that may be of the lost tail (on `ticks` and `usage`: what it has behind the
+    entry `after`). `epoch` is the reader's. `instruments`: those of the partition, for tick rows.
     """
 
     source: Source
@@ -106,18 +107,27 @@ class Chunk:
     instruments: Mapping[int, Instrument] = field(default_factory=dict)
 
 
+class MessageRow(NamedTuple):
+    """A message that is a row, and its number in its frame."""
+
+    source: Source
+    row: int
+    message: AnyMessage
+
+
 @dataclass(slots=True)
 class Batch:
     """What one transaction writes, in bus order per stream, and the cursors behind it.
 
-    `candles` by frame kind. `mend`: the candles were computed again over complete history. Such a row
-    replaces a stored one that is no more complete, under a higher revision, if it differs in more than
-    the times of processing; what it lacks of HISTORY_COLUMNS stays as stored.
+    `candles` by frame kind, `messages` by table. `mend`: the rows were computed again over complete
+    history. Such a row replaces a stored one that is no more complete, under a higher revision, if it
+    differs in more than the times of processing; what it lacks of HISTORY_COLUMNS stays as stored.
     """
 
     candles: dict[str, list[Chunk]] = field(default_factory=dict)
     late: list[Chunk] = field(default_factory=list)
     ticks: list[Chunk] = field(default_factory=list)
+    messages: dict[str, list[MessageRow]] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
     dead: list[DeadLetter] = field(default_factory=list)
     rewinds: list[Rewind] = field(default_factory=list)
@@ -150,18 +160,7 @@ def _decode(item: Item, frame: Frame, batch: Batch) -> str:
     if frame.kind == UNREADABLE:
         return reason_of(frame)
     if frame.kind not in PACKED:
-        try:
-            messages = decode(frame.body)
-        except msgspec.DecodeError as error:
-            return f"a frame of kind '{frame.kind}' that is not JSON of messages ({error})"
-        gaps = [m for m in messages if isinstance(m, Gap)]
-        if not all(_NEVER < g.start_ns <= g.end_ns <= _LATEST for g in gaps):
-            return "a gap whose times cannot be"
-        batch.gaps += gaps
-        batch.rows += len(gaps)
-        # What ingest says beside its records (instruments, clocks) is no row of any table.
-        batch.ignored += 0 if raw else len(messages) - len(gaps)
-        return ""
+        return _messages(source, frame, batch)
     dtype = PACKED[frame.kind]
     if raw and frame.kind in TICK_FRAMES:
         if len(frame.body) % dtype.itemsize:
@@ -186,6 +185,28 @@ def _decode(item: Item, frame: Frame, batch: Batch) -> str:
     return ""
 
 
+def _messages(source: Source, frame: Frame, batch: Batch) -> str:
+    """Add a JSON frame to the batch, or say what is wrong with all of it."""
+    try:
+        sound, unsound = check(frame.kind, frame.body)
+    except (ValueError, RecursionError) as error:
+        return f"a frame of kind '{frame.kind}' that is not JSON of messages ({error})"
+    gaps = [m for _, m in sound if isinstance(m, Gap)]
+    if not all(_NEVER < g.start_ns <= g.end_ns <= _LATEST for g in gaps):
+        return "a gap whose times cannot be"
+    batch.gaps += gaps
+    batch.rows += len(gaps)
+    for row, message in sound:
+        tables = MESSAGE_TABLES.get(str(message.__struct_config__.tag), ())
+        for table in tables:
+            batch.messages.setdefault(table.name, []).append(MessageRow(source, row, message))
+        batch.rows += len(tables)
+        # What ingest says beside its records (instruments, clocks) is no row of any table.
+        batch.ignored += not (tables or isinstance(message, Gap) or source.topic == "ticks")
+    batch.dead += [dead_row(source, bad.table, bad.row, bad.reason, bad.values.items()) for bad in unsound]
+    return ""
+
+
 def _dead_frame(item: Item, reason: str) -> DeadLetter:
     raw = item.frame.body if item.frame else item.raw
     body = {
@@ -198,11 +219,19 @@ def _dead_frame(item: Item, reason: str) -> DeadLetter:
 
 def dead_row(source: Source, table: str, row: int, reason: str, named: Iterable[tuple[str, Any]]) -> DeadLetter:
     """A row that a store refused, with its values by column (NaN as null)."""
-    return DeadLetter(source, table, row, reason, json.dumps({name: _plain(value) for name, value in named}))
+    try:
+        body = json.dumps({name: _plain(value) for name, value in named})
+    except RecursionError:
+        body = json.dumps({"values": "nested too deeply to be told"})
+    return DeadLetter(source, table, row, reason, body)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        return {str(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

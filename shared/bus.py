@@ -99,7 +99,7 @@ class Bus:
         folder = files("shared") / "scripts"
         self._script = {
             name: _Script(self.client, (folder / f"{name}.lua").read_text())
-            for name in ("publish", "attach", "commit", "lease", "trim", "look")
+            for name in ("publish", "attach", "commit", "lease", "trim", "look", "alerts")
         }
 
     def clone(self) -> Bus:
@@ -321,6 +321,26 @@ class Bus:
         raise Fenced(
             f"{step.stage} of partition {partition} is {detail.decode() or 'nobody'}'s now ({status.decode()})"
         )
+
+    def commit_alerts(
+        self, token: str, state: dict[str, bytes], alerts: dict[str, bytes], deletes: Sequence[str], acks: Sequence[str]
+    ) -> None:
+        """Commit a step of the one alerts worker: state, changed and removed alerts, acknowledgements taken.
+
+        Doing it again is harmless. Raises Fenced when the lease is another process's.
+        """
+        k = self.keys
+        args: list[Any] = [token]
+        for items in (state, alerts):
+            args.append(2 * len(items))
+            for name, value in items.items():
+                args += [name, value]
+        args += [len(deletes), *deletes, len(acks), *acks]
+        keys = [k.lease(0, "alerts"), k.alerts("state"), k.alerts("open"), k.alerts("acks")]
+        with self._errors():
+            status, owner = self._script["alerts"](keys=keys, args=args)
+        if status != b"OK":
+            raise Fenced(f"alerts are {owner.decode() or 'nobody'}'s now")
 
     def done_with(self, partition: int, topic: str, consumer: str, position: str) -> None:
         """A sink says how far its store has got; trimming may go so far."""

@@ -58,10 +58,12 @@ def cli(context: click.Context, config: str | None) -> None:
 
 
 def _register() -> None:
-    from shared import cli_backfill, cli_bus, cli_data, cli_demo, cli_explain, cli_ops, cli_replay, cli_run, cli_watch
+    from importlib import import_module
 
-    for module in (cli_run, cli_demo, cli_replay, cli_backfill, cli_data, cli_ops, cli_bus, cli_watch, cli_explain):
-        for command in module.COMMANDS:
+    groups = ("run", "demo", "replay", "backfill", "data", "ops", "bus", "watch", "explain", "instruments", "alerts",
+              "usage")  # fmt: skip
+    for name in groups:
+        for command in import_module(f"shared.cli_{name}").COMMANDS:
             cli.add_command(command)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import echo_json, json_option, yes_option
 from shared.cli_replay import print_summary, progress
 from shared.errors import ConfigError
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--store", metavar="URL", help="Where the rows go (default: TAPELINE_STORE).")
+@yes_option
 @json_option
 @click.pass_obj
-def backfill(app: App, *, sources: tuple[str, ...], store: str | None, as_json: bool) -> None:
+def backfill(app: App, *, sources: tuple[str, ...], store: str | None, yes: bool, as_json: bool) -> None:
     """Bring recorded tapes into the store: the rows of `replay`, without Redis, in this one process.
 
     Rows that a gap left incomplete are mended by the whole ones of the tapes. Repeating it changes
@@ -34,6 +35,7 @@ def backfill(app: App, *, sources: tuple[str, ...], store: str | None, as_json: 
     import msgspec
 
     from shared import backfill as engine
+    from shared.purchases import local
     from shared.sources import make, parse
     from shared.stores_check import check_store
 
@@ -47,7 +49,7 @@ def backfill(app: App, *, sources: tuple[str, ...], store: str | None, as_json: 
         raise click.UsageError(str(error)) from None
     check_store(settings.tapeline.store)
     with _stopping() as stopping:
-        tapes = make(specs, settings)
+        tapes = make(local(specs, settings, yes=yes, quiet=as_json), settings)
         stopping.gently = True
         with progress(as_json) as tell:
             summary = engine.run(tapes, settings, tell, stopping.stop)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shared.cli import App
     from shared.status import Consumer, Status, Stream
 
-TAIL_TOPICS = ("ticks", "candles", "late", "gaps", "clocks", "instruments")
+TAIL_TOPICS = ("ticks", "candles", "late", "pressure", "signals", "usage", "gaps", "clocks", "instruments")
 
 
 @click.command()
@@ -101,7 +101,7 @@ def _consumer(c: Consumer) -> tuple[str, ...]:
 
 @click.command()
 @click.argument("topic", type=click.Choice(TAIL_TOPICS))
-@click.option("--symbol", metavar="ES", help="Only this symbol, root or ticker; BTC-USDT is BTCUSDT, too.")
+@click.option("--symbol", metavar="ES", help="Only this symbol, root, ticker or underlying; BTC-USDT is BTCUSDT, too.")
 @click.option(
     "--from",
     "start",

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
+yes_option = click.option(
+    "--yes", is_flag=True, help="Buy what databento:// sources cost, above the day's budget, too; do not ask."
+)
+
 
 @contextmanager
 def looking(settings: Settings) -> Iterator[tuple[Bus, int]]:

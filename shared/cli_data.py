@@ -45,11 +45,12 @@ DEFAULT_START = "2024-05-09T14:30:00Z"
 )
 @click.option("--definitions", is_flag=True, help="Put instrument definitions before the trades.")
 @click.option("--sessions", is_flag=True, help="Keep to the market's hours.")
+@click.option("--options", is_flag=True, help="Trade options, too: a tenth of the trades; with --definitions.")
 @json_option
 @click.pass_obj
 def generate(
     _: App, *, out: Path, trades: int, seed: int, start: str, roots: str, contracts: int, rate: float,
-    late_fraction: float, late_seconds: float, definitions: bool, sessions: bool, as_json: bool,
+    late_fraction: float, late_seconds: float, definitions: bool, sessions: bool, options: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a DBN file of a synthetic market: the same seed, the same file."""
     chosen = tuple(root.strip().upper() for root in roots.split(",") if root.strip())
@@ -74,7 +75,7 @@ def generate(
                 make(
                     out, trades=trades, seed=seed, start=start_ns, roots=chosen, contracts=contracts, rate=rate,
                     late_fraction=late_fraction, late_seconds=late_seconds, definitions=definitions, sessions=sessions,
-                    progress=progress if sys.stderr.isatty() else None,
+                    options=options, progress=progress if sys.stderr.isatty() else None,
                 ),
             )  # fmt: skip
     except OSError as error:

@@ -49,7 +49,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
             setting = f"{section}.{name}"
             value = getattr(getattr(settings, section), name)
             if setting in SECRETS:
-                value = MASK if value else ""
+                value = dict.fromkeys(value, MASK) if isinstance(value, dict) else MASK if value else ""
             elif isinstance(value, str):
                 value = mask(value)
             origin = settings.origin.get(setting, "default")
@@ -61,8 +61,14 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{k}={v}" for k, v in value.items()) or "-"
     if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "-"
+        return ",".join(item if isinstance(item, str) else _json(item) for item in value) or "-"
     return str(value) if value != "" else "-"
+
+
+def _json(value: Any) -> str:
+    import msgspec
+
+    return msgspec.json.encode(value).decode()
 
 
 @config.command()

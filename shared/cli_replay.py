@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, terminated
+from shared.cli_common import echo_json, json_option, terminated, yes_option
 from shared.errors import ConfigError
 from shared.settings import Settings
 
@@ -53,11 +53,12 @@ class _Speed(click.ParamType[str]):
 @click.option(
     "--redis", "redis_url", metavar="URL", help="Use this Redis (in a namespace of its own) instead of a throwaway one."
 )
+@yes_option
 @json_option
 @click.pass_obj
 def replay(
     app: App, *, sources: tuple[str, ...], store: str | None, speed: str, aggregators: int, frame_records: int | None,
-    redis_url: str | None, as_json: bool,
+    redis_url: str | None, yes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run recorded markets through the whole pipeline into the store: the rows that live would have made.
 
@@ -69,6 +70,8 @@ def replay(
       day.csv[.gz|.zst]             Tardis CSV downloads
       tardis://EXCHANGE?symbols=A,B&from=DAY&to=DAY[&types=trades,quotes][&via=server]
                                     CSV to be downloaded, or history through the server
+      databento://DATASET?symbols=A,B&start=WHEN&end=WHEN[&schema=tbbo][&stype=parent]
+                                    bought at Databento Historical, once the price was told
 
     Repeating it is harmless. It ends when the last row is stored; Ctrl-C leaves nothing behind but
     the rows stored so far.
@@ -76,6 +79,7 @@ def replay(
     import msgspec
 
     from shared import replay as engine
+    from shared.purchases import VENDOR, local
     from shared.sources import parse, programs
     from shared.stores_check import check_store
 
@@ -85,11 +89,12 @@ def replay(
         settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
     try:
         specs = tuple(parse(source) for source in sources)
-        programs(specs, speed)
+        programs([spec for spec in specs if spec.kind != VENDOR], speed)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     check_store(settings.tapeline.store)
     signal.signal(signal.SIGTERM, terminated)
+    specs = local(specs, settings, yes=yes, quiet=as_json)
     plan = engine.Plan(
         sources=specs,
         state=Path(tempfile.mkdtemp(prefix="tapeline-replay-")),
@@ -152,8 +157,7 @@ def print_summary(s: Summary, settings: Settings) -> None:
         f"{s.late:,} late trades, {s.gaps:,} gaps, {s.dead_letters:,} dead letters"
     )
     if s.pressure or s.signals:
-        click.echo(f"{s.pressure:,} rows of option pressure, {s.signals:,} signals"
-    )
+        click.echo(f"{s.pressure:,} rows of option pressure, {s.signals:,} signals")
     click.echo(f"stored in {Masker(settings)(settings.tapeline.store)}")
 
 

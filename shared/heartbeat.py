@@ -12,7 +12,7 @@ from shared.bus import Bus
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """A worker's last sign of life: `at_ms` by Redis's clock, and what it owns."""
+    """A worker's last sign of life: `at_ms` by Redis's clock, what it owns, and what it has counted since its start."""
 
     worker: str
     service: str
@@ -21,6 +21,7 @@ class Beat(msgspec.Struct, frozen=True):
     at_ms: int
     partitions: list[int] = []
     detail: str = ""
+    counters: dict[str, int] = {}
 
 
 def redis_now_ms(bus: Bus) -> int:
@@ -33,10 +34,18 @@ def _cluster_time(bus: Bus) -> Any:
     return bus.call("time", target_nodes=bus.call("get_node_from_key", bus.keys.workers))
 
 
-def beat(bus: Bus, worker: str, service: str, partitions: list[int] | None = None, detail: str = "") -> int:
+def beat(
+    bus: Bus,
+    worker: str,
+    service: str,
+    partitions: list[int] | None = None,
+    detail: str = "",
+    counters: dict[str, int] | None = None,
+) -> int:
     """Write this worker's heartbeat; returns Redis's time in ms."""
     now = redis_now_ms(bus)
-    message = Beat(worker, service, socket.gethostname(), os.getpid(), now, sorted(partitions or []), detail)
+    owned = sorted(partitions or [])
+    message = Beat(worker, service, socket.gethostname(), os.getpid(), now, owned, detail, counters or {})
     bus.call("hset", bus.keys.workers, worker, msgspec.json.encode(message))
     return now
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from zlib import crc32
 
@@ -11,6 +13,10 @@ MONTH_CODES = "FGHJKMNQUVXZ"
 # Root, month code, one- or two-digit year: ESZ6, 6EZ6, M2KH25, CLF27.
 _OUTRIGHT = re.compile(rf"^(?P<root>[A-Z0-9]{{1,5}}?)(?P<month>[{MONTH_CODES}])(?P<year>\d{{1,2}})$")
 SPREAD_CLASSES = frozenset("STM")
+OPTION_CLASSES = frozenset("CP")
+# CME: series, class and strike (Q1AZ6 C20000). OCC: root, date, class and strike (SPXW  240621C05200000).
+_OPTION = re.compile(r"^(?P<series>[A-Z0-9]{2,8}) [CP]\d+(?:\.\d+)?$")
+_OCC = re.compile(r"^(?P<root>[A-Z0-9.]{1,6}) *\d{6}[CP]\d{8}$")
 
 
 def instrument_id(venue: str, symbol: str) -> int:
@@ -55,3 +61,17 @@ def parse_outright(symbol: str, on_ns: int) -> tuple[str, int] | None:
     year = base - 1 + (int(digits) - (base - 1)) % span
     year, month = (year + 1, 1) if month == 12 else (year, month + 1)
     return match["root"], int(datetime(year, month, 1, tzinfo=UTC).timestamp()) * 1_000_000_000
+
+
+def option_series(symbol: str) -> str | None:
+    """The series that an option's symbol names (`Q1AZ6` of `Q1AZ6 C20000`, OCC's root); None if it is no option's."""
+    match = _OPTION.match(symbol) or _OCC.match(symbol)
+    return match[1] if match else None
+
+
+def option_root(root: str, option_roots: Mapping[str, str] | None) -> str:
+    """Whose options those of `root` are: the first pattern that matches, else `root` itself (Q1A -> NQ)."""
+    for pattern, underlying in (option_roots or {}).items():
+        if fnmatchcase(root, pattern):
+            return underlying
+    return root

@@ -58,7 +58,7 @@ class Keys:
     def alerts(self, part: str) -> str:
         """Of the one alerts worker, in partition 0's slot.
 
-        `state`: what it committed; `open`: hash, alert id -> JSON of the Alert; `acks`: hash, alert id -> who.
+        `state`: hash, what it committed; `open`: hash, alert id -> JSON of the Alert; `acks`: hash, alert id -> who.
         """
         return self._p(0, "alerts", part)
 
@@ -67,7 +67,7 @@ class Keys:
         return f"{self.namespace}:usage:{feed}"
 
     def instrument_days(self, partition: int) -> str:
-        """Hash: `<instrument id>@<UTC day>` -> JSON of the Instrument as first defined on that day."""
+        """Hash: `<instrument id>@<UTC day>` -> JSON of the Instrument as that day defined it anew."""
         return self._p(partition, "instruments", "days")
 
     @property

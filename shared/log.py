@@ -23,6 +23,9 @@ MASK = "***"
 # The user:password part of any URL, whoever wrote it into a message.
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^\s/@'\"]*:[^\s@'\"]+@")
 _PASSWORD_ITEM = re.compile(r"(?i)([?&]password=)[^&\s'\"]+")
+# Shorter pieces of a secret URL are words like `api`, and hiding them would only spoil the log.
+_TOKEN = 8
+_SECRET_KEY = re.compile(r"(?i)key|token|pass|secret|sig|auth")
 _QUIET = ("databento", "numba", "asyncio", "urllib3")
 
 
@@ -34,7 +37,12 @@ class Masker:
         if settings is not None:
             for secret in SECRETS:
                 section, name = secret.split(".")
-                values.add(str(getattr(getattr(settings, section), name)))
+                value = getattr(getattr(settings, section), name)
+                if isinstance(value, dict):
+                    for url in value.values():
+                        values |= url_secrets(url)
+                else:
+                    values.add(str(value))
             for url in (settings.redis.url, settings.tapeline.store):
                 password = _password(url)
                 values |= {password, unquote(password)}
@@ -46,6 +54,26 @@ class Masker:
             text = text.replace(value, MASK)
         text = _CREDENTIALS.sub(rf"\g<scheme>{MASK}@", text)
         return _PASSWORD_ITEM.sub(rf"\1{MASK}", text)
+
+
+def url_secrets(url: str) -> set[str]:
+    """All of a secret URL that must not be told: itself, its path, and whatever in it looks like a token."""
+    tail = url.partition("://")[2]
+    authority, _, path = re.sub(r"[?#].*", "", tail).partition("/")
+    user, _, host = authority.rpartition("@")
+    name, _, password = user.partition(":")
+    items = [item.partition("=") for item in re.split(r"[?&#]", tail)[1:]]
+    found = {url, tail, password, *(() if password else (name,))}
+    found |= {word for word in (f"/{path}", tail.partition("/")[2]) if len(word) >= _TOKEN}
+    # Beside webhooks, the place of a host often holds a token (discord://ID/TOKEN).
+    hosts = () if url.startswith(("http", "json", "xml", "form")) else (host, *host.split(":"))
+    found |= {word for word in (name, *hosts, *path.split("/")) if _is_token(word)}
+    found |= {value for key, _, value in items if _is_token(value) or (_SECRET_KEY.search(key) and len(value) >= 4)}
+    return found | {unquote(word) for word in found} - {""}
+
+
+def _is_token(word: str) -> bool:
+    return len(word) >= _TOKEN and (len(word) >= 20 or not (word.isalpha() and word.islower()))
 
 
 def _password(url: str) -> str:

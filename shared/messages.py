@@ -269,6 +269,9 @@ def encode(messages: list[Any]) -> bytes:
 def decode(body: bytes) -> list[AnyMessage]:
     """Messages of a JSON frame body.
 
-    Raises msgspec.ValidationError for anything that is not such an array.
+    Raises msgspec.DecodeError for anything that is not such an array.
     """
-    return _decoder.decode(body)
+    try:
+        return _decoder.decode(body)
+    except (UnicodeDecodeError, RecursionError) as error:  # text that is none, nesting without an end
+        raise msgspec.DecodeError(str(error)) from None

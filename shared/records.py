@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from shared.frames import BOOK, BUY, CLOCK, LIQUIDATION, NS, OPTION, SELL, TICKER, Frame, Row, Rows, iso
-from shared.messages import Instrument
+from shared.messages import Instrument, Pressure, PressureRollup, Signal, Usage
 from shared.timeframes import name_of
 
 Record = dict[str, Any]
@@ -152,6 +153,38 @@ def _candle(kind: str, row: Row, named: Record) -> Record:
         if name not in ("name", "complete"):
             record[name] = plain(row[name])
     return record | {"complete": bool(row["complete"]), "timestamp_out": iso(int(row["timestamp_out_ns"]))}
+
+
+def option_message(message: Pressure | PressureRollup | Signal) -> Record:
+    """All of a message on option pressure, found by its underlying."""
+    exchange, _, symbol = message.underlying.rpartition(":")
+    return _whole(message, message.time_window_ns) | {"_about": aliases(exchange, symbol)}
+
+
+def usage(message: Usage) -> Record:
+    """All of a feed's usage, which is of no symbol."""
+    return _whole(message, message.at_ns) | {"_about": frozenset()}
+
+
+def _whole(message: msgspec.Struct, time_ns: int) -> Record:
+    """Every field, those that have their default, too."""
+    record: Record = {"type": message.__struct_config__.tag, "time": instant(time_ns)}
+    for name in message.__struct_fields__:
+        record[name] = _value(getattr(message, name))
+        if name in ("expiration_ns", "timestamp_out_ns"):
+            record[name.removesuffix("_ns")] = instant(record[name])
+    return record
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return {name: _value(each) for name, each in msgspec.structs.asdict(value).items()}
+    return [_value(each) for each in value] if isinstance(value, tuple) else value
+
+
+def instant(ns: int) -> str | None:
+    """As `iso`; None for what is none."""
+    return iso(ns) if 0 <= ns < 1 << 63 else None
 
 
 def _side(side: int) -> str:

@@ -38,10 +38,12 @@ TAPES = {
 }
 # What else the CLI takes from a service without importing it statically.
 TOOLS = {
+    "databento-order": "services.ingest.databento_download:Order",
     "generate": "services.ingest.synthetic:generate",
     "aggregate-stage": "services.aggregate.worker:AggregateStage",
     "pressure-stage": "services.pressure.worker:PressureStage",
     "signals-stage": "services.signals.worker:SignalStage",
+    "alerts-test": "services.alerts.channels:send_test",
     "store-sqlite": "services.sink_sqlite.store:SqliteStore",
     "warm-aggregate": "services.aggregate.core:warm",
     "warm-pressure": "services.pressure.kernel:warm",

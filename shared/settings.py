@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
+from shared.alerts import fault, split_channels
 from shared.errors import ConfigError
 from shared.timeframes import seconds_of
 
@@ -308,6 +309,16 @@ def _known(setting: str, where: str) -> None:
 
 def _from_text(kind: type[msgspec.Struct], name: str, text: str, variable: str) -> Any:
     hint = str(get_type_hints(kind)[name])
+    if "AlertRule" in hint:
+        try:
+            return msgspec.json.decode(text or "[]", type=list[dict[str, Any]])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"environment: {variable} wants a JSON array of rules ({error})") from None
+    if kind is AlertSettings and hint.startswith("dict"):
+        channels = split_channels(text)
+        if channels is None:
+            raise ConfigError(f"environment: {variable} wants NAME=URL,NAME=URL")
+        return channels
     if hint.startswith("tuple"):
         return [part.strip() for part in text.split(",") if part.strip()]
     if hint.startswith("dict"):
@@ -366,3 +377,7 @@ def _check(s: Settings) -> None:
     for fine, setting, want in rules:
         if not fine:
             raise ConfigError(f"{s.origin.get(setting, 'default')}: {setting} must be {want}")
+    wrong = fault(s.alerts, bool(s.signals.plugins))
+    if wrong:
+        where = next((o for name, o in s.origin.items() if wrong[0].startswith(name)), "default")
+        raise ConfigError(f"{where}: {wrong[0]} must be {wrong[1]}")

@@ -72,7 +72,7 @@ def open_store(store: Store, stop: threading.Event) -> bool:
 class SinkLoop:
     """Moves all partitions into one open store until `stop` is set.
 
-    Reads what `settings.sink.modes` names. `mend`: the candles were computed again over complete
+    Reads what `settings.sink.modes` names. `mend`: the rows were computed again over complete
     history, see Batch. `counters`: rows, batches, dead_letters, rewinds, missing, ignored, store_waits.
     """
 
@@ -184,7 +184,9 @@ class SinkLoop:
         while not self.stop.is_set():
             try:
                 bus = bus or self.bus.clone()
-                beat(bus, self.worker, self.service, list(range(len(self._readers))), self._detail())
+                with self._lock:
+                    counters = dict(self.counters)
+                beat(bus, self.worker, self.service, list(range(len(self._readers))), self._detail(), counters)
             except BusUnavailable as error:
                 log.debug("no heartbeat: %s", error)
             except TapelineError as error:

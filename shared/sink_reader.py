@@ -24,14 +24,14 @@ from shared.errors import BusUnavailable, TapelineError
 from shared.frames import parse
 from shared.keys import TOPICS
 from shared.known_instruments import KnownInstruments
+from shared.settings import Settings
 from shared.sink_tail import START, after, entry, lost_entries, lost_tail, older, was_free
+from shared.stages import PRODUCER, readers
 
 log = logging.getLogger(__name__)
 
 # What a sink reads in each of its modes; gaps come on `candles` and on `ticks` alike.
-MODES = {"candles": ("candles", "late"), "ticks": ("ticks",)}
-# The stage whose output sequence a topic's frames carry; others have several producers.
-STAGES = {"candles": "aggregate", "late": "aggregate"}
+MODES = {"candles": ("candles", "late", "pressure", "signals", "usage"), "ticks": ("ticks",)}
 READ_ENTRIES = 16
 TRIM_SECONDS = 1.0
 MAX_SEQ = (1 << 63) - 1
@@ -83,6 +83,7 @@ class Hub(Protocol):
 
     bus: Bus
     consumer: str
+    settings: Settings
     topics: list[str]
     inbox: Inbox
     stop: threading.Event
@@ -200,17 +201,16 @@ class Reader:
         """Whether the stream goes on from our place; also registers the store as its consumer."""
         answer = bus.call("hget", bus.keys.consumers(self.partition, topic), self.hub.consumer)
         told = answer.decode() if answer else None
-        if topic == "ticks":
-            # The stage whose rows this store wants, too, may be slower to start: nothing is trimmed before it has read.
-            for stage in {STAGES[other] for other in self.places if other in STAGES}:
-                bus.register(self.partition, topic, stage)
+        # The stages that read it, too, may be slower to start: nothing is trimmed before they have read.
+        for stage in readers(topic, self.hub.settings):
+            bus.register(self.partition, topic, stage)
         # First of all hold back trimming where the store needs the stream, but say nothing newer than Redis
         # knows: what it knows is what it has not lost.
         bus.done_with(self.partition, topic, self.hub.consumer, older(place.acked, told or place.acked))
         *seen, trimmed = bus.look(self.partition, topic, place.id)
         first, before = map(entry, seen)
-        if topic in STAGES:
-            out_seq = bus.call("hget", bus.keys.meta(self.partition, STAGES[topic]), "out_seq")
+        if topic in PRODUCER:
+            out_seq = bus.call("hget", bus.keys.meta(self.partition, PRODUCER[topic]), "out_seq")
             why = lost_tail(place.seq, place.id, before, first, int(out_seq) if out_seq else None)
             lost = (why, START) if why else None
             follows = first is not None and first.seq == place.seq + 1
@@ -252,7 +252,7 @@ class Reader:
 
     def _is_another(self, bus: Bus) -> bool:
         """Whether Redis was emptied under us: where sequences say nothing, only the bus's identity tells."""
-        if all(topic in STAGES for topic in self.places):
+        if all(topic in PRODUCER for topic in self.places):
             return False
         held = bus.call("hget", bus.keys.deployment, "id")
         return held is None or held.decode() != self._identity
@@ -268,7 +268,7 @@ class Reader:
         if frame is not None and not 0 < frame.seq <= MAX_SEQ:
             problem = f"a frame with the impossible sequence {frame.seq}"
             frame = None
-        if frame is not None and topic in STAGES and frame.seq <= place.seq:
+        if frame is not None and topic in PRODUCER and frame.seq <= place.seq:
             epochs = [p.epoch for p in self.places.values()]
             self._attach(bus)
             if [p.epoch for p in self.places.values()] != epochs:

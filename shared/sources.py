@@ -4,10 +4,11 @@
     day.ndjson  .ndjson.zst  .ndjson.gz   recorded normalized messages of tardis-machine
     day.csv  .csv.gz  .csv.zst            downloaded Tardis CSV files
     tardis://EXCHANGE?symbols=A,B&from=DAY&to=DAY[&types=…][&via=csv|server]
-    databento://DATASET?schema=tbbo&symbols=ES.FUT&from=…&to=…    understood, but to be downloaded first
+    databento://DATASET?schema=tbbo&symbols=ES.FUT&start=…&end=…[&stype=parent]    bought first: shared.purchases
     synthetic://…                                                  understood, but to be generated first
 
-`from` is inclusive, `to` exclusive, UTC. Sources of one service are one tape: one producer, merged by time of receipt.
+`from` (or `start`) is inclusive, `to` (or `end`) exclusive, UTC. Sources of one service are one tape: one producer,
+merged by time of receipt.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from shared import registry
 from shared.errors import ConfigError
 from shared.settings import Settings
 
-ACCEPTED = "a .dbn[.zst], .ndjson[.zst|.gz] or .csv[.gz|.zst] file, or tardis://EXCHANGE?symbols=A,B&from=DAY&to=DAY"
+ACCEPTED = (
+    "a .dbn[.zst], .ndjson[.zst|.gz] or .csv[.gz|.zst] file, tardis://EXCHANGE?symbols=A,B&from=DAY&to=DAY or "
+    "databento://DATASET?symbols=A,B&start=DAY&end=DAY"
+)
 # How the CSV files are called, and the same for the server.
 CSV_TYPES = {
     "trades": "trade",
@@ -50,6 +54,7 @@ PLAYED_BY = {
 }
 _FILES = re.compile(r"(?P<kind>\.dbn|\.ndjson|\.csv|)(?P<packed>\.zst|\.gz|)$", re.IGNORECASE)
 _EXCHANGE = re.compile(r"[a-z0-9][a-z0-9-]*$")
+_DATASET = re.compile(r"[A-Z0-9][A-Z0-9.]*$")
 _SERVER_BOOK = re.compile(r"book_snapshot_\d+_\d+(ms|s|m|h)$")
 
 
@@ -59,7 +64,7 @@ class SourceSpec:
 
     `kind`: dbn, ndjson, csv, tardis-csv, tardis-server, databento or synthetic. Of a URL: `venue` is the
     exchange or dataset, [start, end) the interval in UTC, `types` what is asked for, in the names of the CSV
-    files (tardis-csv), of the server (tardis-server), or the schema (databento).
+    files (tardis-csv), of the server (tardis-server), or the schema (databento). `stype`: what Databento's symbols are.
     """
 
     kind: str
@@ -70,6 +75,7 @@ class SourceSpec:
     types: tuple[str, ...] = ()
     start: datetime | None = None
     end: datetime | None = None
+    stype: str = ""
 
 
 class Playable(Protocol):
@@ -127,8 +133,8 @@ def make(specs: Sequence[SourceSpec], settings: Settings, speed: str = "max") ->
 def _service(spec: SourceSpec) -> str:
     if spec.kind == "databento":
         raise ConfigError(
-            f"{spec.text} cannot be played from afar: download it as a .dbn file (databento's timeseries.get_range, "
-            "or its portal) and give that"
+            f"{spec.text} cannot be played from afar: give it to `tapeline replay` or `tapeline backfill`, which buy "
+            "it as .dbn files first"
         )
     if spec.kind == "synthetic":
         raise ConfigError(f"{spec.text} cannot be played: write it with `tapeline generate FILE` and give that file")
@@ -183,10 +189,10 @@ def _instant(text: str, key: str, value: str) -> datetime:
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
-def _interval(text: str, query: dict[str, str]) -> tuple[datetime, datetime]:
-    start, end = _instant(text, "from", query["from"]), _instant(text, "to", query["to"])
+def _interval(text: str, query: dict[str, str], first: str = "from", last: str = "to") -> tuple[datetime, datetime]:
+    start, end = _instant(text, first, query[first]), _instant(text, last, query[last])
     if start >= end:
-        raise ConfigError(f"{text}: `to` (exclusive) must be later than `from`")
+        raise ConfigError(f"{text}: `{last}` (exclusive) must be later than `{first}`")
     return start, end
 
 
@@ -224,13 +230,24 @@ def _types(text: str, via: str, asked: tuple[str, ...]) -> tuple[str, ...]:
 
 def _databento(text: str) -> SourceSpec:
     dataset = urlsplit(text).netloc
-    if not dataset:
+    if not _DATASET.match(dataset) or urlsplit(text).path not in ("", "/"):
         raise ConfigError(
-            f"'{text}' names no dataset; write databento://GLBX.MDP3?schema=tbbo&symbols=ES.FUT&from=&to="
+            f"'{text}' names no dataset; write databento://GLBX.MDP3?schema=tbbo&symbols=ES.FUT&start=DAY&end=DAY"
         )
-    query = _query(text, ("schema", "symbols", "from", "to"), ("symbols", "from", "to"))
+    # Both ways to name an interval are understood, but not mixed.
+    first, last = ("from", "to") if re.search(r"[?&](from|to)=", text) else ("start", "end")
+    query = _query(text, ("schema", "symbols", first, last, "stype"), ("symbols", first, last))
     schema = query.get("schema") or "tbbo"
     if schema not in ("tbbo", "trades"):
         raise ConfigError(f"{text}: schema is tbbo or trades, not '{schema}'")
-    start, end = _interval(text, query)
-    return SourceSpec("databento", text, None, dataset, _list(query["symbols"]), (schema,), start, end)
+    symbols = _list(query["symbols"])
+    if not symbols:
+        raise ConfigError(f"{text}: name at least one of symbols")
+    parents = [s.endswith((".FUT", ".OPT", ".SPOT")) for s in symbols]
+    stype = query.get("stype") or ("parent" if all(parents) else "raw_symbol")
+    if stype not in ("parent", "raw_symbol"):
+        raise ConfigError(f"{text}: stype is parent or raw_symbol, not '{stype}'")
+    if any(parents) != all(parents):
+        raise ConfigError(f"{text}: ask for parents (ES.FUT) and for single contracts in sources of their own")
+    start, end = _interval(text, query, first, last)
+    return SourceSpec("databento", text, None, dataset, symbols, (schema,), start, end, stype)

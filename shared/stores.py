@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ SCHEMES = {
 BUSY_SECONDS = 5.0
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://(.*)$", re.DOTALL)
 _NAME = re.compile(r"^[a-z_][a-z0-9_]*$")
+# A view has no key of its own.
+_KEYS_OF_VIEWS = {"features": TABLES["candle"].key, "usage": ("feed", "timestamp")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +138,15 @@ def read_rows(
     since: str | None = None,
     until: str | None = None,
     last: int | None = None,
+    columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a table or view as dicts, in the order of its key.
 
     `where` compares columns for equality; `since` <= time < `until` are ISO texts of the table's time
-    column (`candles`: `timestamp_in`); `last` keeps the newest rows by it. [] for a store or
-    table that does not exist yet.
+    column (`candles`: `timestamp_in`); `last` keeps the newest rows by it. `columns`: only these, for
+    whoever reads many rows. [] for a store or table that does not exist yet.
     """
-    for name in (table, *(where or ())):
+    for name in (table, *(where or ()), *(columns or ())):
         if not _NAME.match(name):
             raise ConfigError(f"'{name}' is no table or column of a store")
     tests = [(f'"{column}" = ?', value) for column, value in (where or {}).items()]
@@ -153,14 +156,14 @@ def read_rows(
     filters = " WHERE " + " AND ".join(test for test, _ in tests) if tests else ""
     values: list[Any] = [value for _, value in tests]
     key = [c["name"] for c in sorted(_columns(url, table), key=lambda c: c["pk"]) if c["pk"]]
-    if table == "features":  # a view has no key of its own
-        key = list(TABLES["candle"].key)
+    key = key or list(_KEYS_OF_VIEWS.get(table, ()))
     order = ", ".join(f'"{column}"' for column in key) or "1"
     source = f'"{table}"{filters}'
     if last is not None:
         source = f"(SELECT * FROM {source} ORDER BY {time} DESC LIMIT ?)"  # noqa: S608
         values.append(last)
-    return _select(url, table, f"SELECT * FROM {source} ORDER BY {order}", tuple(values))  # noqa: S608
+    wanted = ", ".join(f'"{column}"' for column in columns or ()) or "*"
+    return _select(url, table, f"SELECT {wanted} FROM {source} ORDER BY {order}", tuple(values))  # noqa: S608
 
 
 def _columns(url: str, table: str) -> list[dict[str, Any]]:

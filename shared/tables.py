@@ -123,6 +123,11 @@ class Column(NamedTuple):
     sort: str
     null: bool = False
 
+    @property
+    def unit(self) -> str:
+        """How fine a store keeps an instant: a window and an expiry in seconds, all else in microseconds."""
+        return "s" if self.name in ("time_window", "expiration") else "us"
+
 
 @dataclass(frozen=True, slots=True)
 class MessageTable:
@@ -223,7 +228,7 @@ _TIMES = {
     **{table.name: table.time for table in TABLES.values()},
     **{table.name: "timestamp" for table in TICK_TABLES.values()},
     "features": "timestamp_in", "ohlc_bars": "timestamp", "gaps": "start", "late_trades": "ts_event",
-    "dead_letters": "at",
+    "dead_letters": "at", "usage": "timestamp",
     **{table.name: table.time for tables in MESSAGE_TABLES.values() for table in tables},
 }  # fmt: skip
 

@@ -17,13 +17,14 @@ from shared.errors import TapelineError
 from shared.frames import CLOCK, TICK_FRAMES, UNREADABLE, Frame, iso
 from shared.heartbeat import redis_now_ms
 from shared.instruments import feed_id
-from shared.messages import Clock, Disconnect, Gap, Instrument, decode
-from shared.records import Record, aliases, fixed, normal, number, rolling, tick, ticks
+from shared.messages import Clock, Disconnect, Gap, Instrument, Pressure, PressureRollup, Signal, Usage, decode
+from shared.records import Record, aliases, fixed, normal, number, option_message, rolling, tick, ticks, usage
 
 # What can be tailed: the stream it is on.
 TOPIC_STREAM = {
     "ticks": "ticks", "candles": "candles", "late": "late",
     "gaps": "ticks", "clocks": "ticks", "instruments": "ticks",
+    "pressure": "pressure", "signals": "signals", "usage": "usage",
 }  # fmt: skip
 READ_FRAMES = 64
 POLL_SECONDS = 0.05
@@ -166,7 +167,11 @@ class Tail:
             yield record
 
     def _messages(self, frame: Frame) -> Iterator[Record]:
-        for message in decode(frame.body):
+        try:
+            messages = decode(frame.body)
+        except msgspec.DecodeError:
+            return  # the sinks bury it
+        for message in messages:
             if isinstance(message, Instrument) and self._topic == "instruments":
                 about = aliases(message.venue, message.symbol, message.root, message.ticker or message.root)
                 yield msgspec.to_builtins(message) | {"_about": about}
@@ -175,6 +180,10 @@ class Tail:
                 yield record | {"watched_from_ns": message.watched_from_ns, "wall_ns": message.wall_ns}
             elif isinstance(message, Gap | Disconnect) and self._topic == "gaps" and self._new(message):
                 yield _gap(message)
+            elif isinstance(message, Pressure | PressureRollup | Signal) and self._topic in ("pressure", "signals"):
+                yield option_message(message)
+            elif isinstance(message, Usage) and self._topic == "usage":
+                yield usage(message)
 
     def _new(self, message: Gap | Disconnect) -> bool:
         """Every partition of the feed has it: the first one counts."""
@@ -302,6 +311,46 @@ def _clock_line(r: Record) -> str:
     return f"{r['time']}  {r['feed']}" + ("  ends here" if r["final"] else "")
 
 
+def _pressure_line(r: Record) -> str:
+    if r["type"] == "pressure_rollup":
+        told = (
+            f"all of {r['strikes']} strikes  calls {number(r['call_volume'])}  puts {number(r['put_volume'])}  "
+            f"put/call {number(r['put_call_ratio'], 4)}  net premium {number(r['net_premium'], 8)}"
+        )
+    else:
+        told = (
+            f"{_option(r)}  {r['dominant_side']:<7} ask {number(r['ask_volume'])} bid {number(r['bid_volume'])}  "
+            f"log ratio {number(r['log_ratio'], 4)}  confidence {number(r['confidence'], 4)}"
+        )
+    return f"{_second(r['time'])}  {r['underlying']:<6} {told}  n {r['total_trades']}{marks(r)}"
+
+
+def _signal_line(r: Record) -> str:
+    status = "" if r["status"] == "emitted" else f"  {r['status']}" + (f" ({r['reason']})" if r["reason"] else "")
+    return (
+        f"{_second(r['time'])}  {r['underlying']:<6} {_option(r)}  {r['direction']:<4} {r['grade']:<9} "
+        f"{number(r['score'], 4)}  {', '.join(r['types']) or r['signal_type']}{status}{marks(r)}"
+    )
+
+
+def _usage_line(r: Record) -> str:
+    stopped = "" if r["state"] == "running" else f"  {r['state']}"
+    return (
+        f"{_second(r['time'])}  {r['feed']}  {r['events']:,} events  {r['bytes']:,} bytes  "
+        f"{number(r['cost_usd'], 4)} USD  day {number(r['day_cost_usd'], 4)} of {number(r['budget_usd'])} USD{stopped}"
+    )
+
+
+def _option(r: Record) -> str:
+    if not r["option_type"]:
+        return "all strikes"
+    return f"{(r['expiration'] or '-')[:10]} {number(r['strike'])} {r['option_type']}"
+
+
+def _second(time: str | None) -> str:
+    return f"{time[:19]}Z" if time else "-"
+
+
 def _instrument_line(r: Record) -> str:
     expiry = iso(r["expiration_ns"])[:10] if r.get("expiration_ns") else "-"
     about = f"root {r['root']:<6} kind {r.get('kind', 'F')}  expires {expiry}"
@@ -311,4 +360,5 @@ def _instrument_line(r: Record) -> str:
 LINES: dict[str, Callable[[Record], str]] = {
     "ticks": _tick_line, "late": _tick_line, "candles": _candle_line,
     "gaps": _gap_line, "clocks": _clock_line, "instruments": _instrument_line,
+    "pressure": _pressure_line, "signals": _signal_line, "usage": _usage_line,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from services.ingest.databento_session import Dropped, ReplayTooOld, one_line
 from services.ingest.dedupe import Ledger
 from services.ingest.definitions import UNDEF_TIMESTAMP, from_definition, from_symbol
 from services.ingest.normalize import REASONS, Normalizer
-from services.ingest.source import Grouped, Output, Resume
+from services.ingest.source import RECEIVED, Grouped, Output, Resume
 from shared.errors import AuthError, ConfigError
 from shared.frames import CLOCK, NS, TICK, Rows
 from shared.instruments import feed_id, is_spread
@@ -61,6 +61,7 @@ class Feed:
         self.watched_ns: int | None = None
         self.streaming = False
         self.progress = False
+        self.given_up = False  # what was missed; the next session begins now, whatever came before
         self._settings = settings
         self._out = out
         self._margin_ns = int(settings.resume_margin_seconds * NS)
@@ -151,6 +152,22 @@ class Feed:
         start = self._gap[0] if self._gap else self.position_ns
         self._gap = (start, until_ns, reason)
 
+    def give_up(self, reason: str) -> None:
+        """What was missed so far is not asked for: sessions begin now until one has told of the gap before it."""
+        self.given_up = True
+        if self.watched_ns is not None:
+            self.lost(reason)
+
+    def skip_to(self, at_ns: int) -> None:
+        """There was nothing to see before."""
+        if self.watched_ns is not None:
+            self._floor_ns = max(self._floor_ns, at_ns)
+
+    def rest(self) -> None:
+        """The feed is about to be away on purpose: the cursor says how far it has got."""
+        if self._active and self.position_ns:
+            self._push_cursor(max(self._watermark_ns, self.position_ns - HEARTBEAT_GRACE_NS))
+
     def backfill(self, blocks: History, until_ns: int) -> None:
         """Push what another source has of the time between the position and `until_ns`."""
         self._begin(None, 0)
@@ -171,6 +188,10 @@ class Feed:
         """See Handler."""
         self.streaming = True
         self._out.connection("connected", f"{self._settings.dataset} {','.join(self._settings.symbols)}"[:120])
+
+    def received(self, records: int, nbytes: int) -> None:
+        """See Handler."""
+        self._out.count(RECEIVED, records, nbytes)
 
     def trades(self, records: NDArray[Any]) -> None:
         """See Handler."""
@@ -193,17 +214,16 @@ class Feed:
             # A clock ahead of the gateway's must not carry us past trades to come.
             self._last_ns = max(self._last_ns, min(int(fresh.rows["ts_event_ns"].max()), self.heard_ns))
             self._cursor_ns = self._last_ns
-        self._count(doubled, records.nbytes)
+        self._count(doubled)
 
     def record(self, record: Any) -> None:
         """See Handler."""
-        self._out.count("", 0, record.record_size())
         if isinstance(record, databento_dbn.SymbolMappingMsg):
             self._resolved = True
             on_ns = record.ts_event if 0 < record.ts_event < UNDEF_TIMESTAMP else self.heard_ns
             self._point(record.instrument_id, record.stype_out_symbol, on_ns)
         elif isinstance(record, databento_dbn.InstrumentDefMsg):
-            instrument = from_definition(record, self._settings.dataset, self.name)
+            instrument = from_definition(record, self._settings.dataset, self.name, self._settings.option_roots)
             self._defined[instrument.symbol] = self._pending[record.instrument_id] = instrument
         elif isinstance(record, databento_dbn.SystemMsg):
             self._heard(record.ts_event)
@@ -300,8 +320,8 @@ class Feed:
     # -- instruments, clocks, gaps -----------------------------------------------------------
 
     def _point(self, native: int, symbol: str, on_ns: int) -> None:
-        venue = self._settings.dataset
-        self._pending[native] = self._defined.get(symbol) or from_symbol(venue, symbol, self.name, on_ns)
+        venue, roots = self._settings.dataset, self._settings.option_roots
+        self._pending[native] = self._defined.get(symbol) or from_symbol(venue, symbol, self.name, on_ns, roots)
 
     def _watch(self, since_ns: int) -> None:
         self.watched_ns = since_ns
@@ -329,6 +349,7 @@ class Feed:
 
     def _close_gap(self, next_ns: int) -> None:
         """What came again (or comes now) ends the gap that is open."""
+        self.given_up = False
         if self._gap is None:
             return
         start, until, reason = self._gap
@@ -350,8 +371,8 @@ class Feed:
         ordinals = np.zeros(len(active), np.int64)
         self._out.ticks(Grouped(rows, ordinals, active, list(range(len(active) + 1))), self._cursor())
 
-    def _count(self, doubled: int, nbytes: int) -> None:
-        self._out.count("replayed", doubled, nbytes)
+    def _count(self, doubled: int) -> None:
+        self._out.count("replayed", doubled)
         skipped = self._normalizer.skipped
         if (skipped != self._counted).any():
             for reason, records in zip(REASONS, (skipped - self._counted).tolist(), strict=True):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import databento
@@ -39,6 +39,7 @@ from services.ingest.symbology import DAY, Symbology
 from shared.errors import AuthError, ConfigError, SourceError, Unavailable
 from shared.frames import NS
 from shared.settings import Databento
+from shared.usage import Totals
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,18 @@ WHOLE_SECONDS = 900.0
 POLL_SECONDS = 0.05
 
 
-class DatabentoHistory:
-    """Callable as DatabentoLive's `history`. It returns early, with Unavailable, when `stop` is set.
+class Budget(Protocol):
+    """The account that fetching draws on."""
+
+    def left_usd(self) -> float:
+        """What may still be spent today; infinite without a budget."""
+
+    def spend(self, bought: Totals) -> None:
+        """That was bought."""
+
+
+class Archive:
+    """Requests to the archive. They return early, with Unavailable, when `stop` is set.
 
     A request fails when the server is silent for `silence_seconds` or needs `whole_seconds`.
     Raises ConfigError for a gateway that cannot be used.
@@ -76,6 +87,60 @@ class DatabentoHistory:
         for api in (self._client.metadata, self._client.symbology, self._client.timeseries):
             api.TIMEOUT = silence_seconds
 
+    def cost(self, query: Mapping[str, Any]) -> float:
+        """The price of a request, USD. Raises AuthError, Unavailable."""
+        cost = self._ask("tell the price", lambda: self._client.metadata.get_cost(**query))
+        if not isinstance(cost, int | float) or not math.isfinite(cost):
+            raise Unavailable(f"{WHERE} does not tell the price: it says {one_line(repr(cost))}")
+        return float(cost)
+
+    def download(self, query: Mapping[str, Any], path: Path) -> None:
+        """What a request brings, into a file. Raises AuthError, Unavailable."""
+        store = self._ask("send the stretch", lambda: self._client.timeseries.get_range(**query, path=path))
+        store.reader.close()
+
+    def _aside(self, call: Callable[[], T], meanwhile: Callable[[], None] | None = None) -> T:
+        """`call` in a thread of its own: neither `stop` nor the time limit waits for a socket."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="databento-history", daemon=True).start()
+        deadline = time.monotonic() + self._whole_seconds
+        while not wait([future], timeout=POLL_SECONDS).done:
+            if meanwhile is not None:
+                meanwhile()
+            if self._stop.is_set():
+                raise Unavailable(f"stopped before {WHERE} was done")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"{WHERE} is not done within {self._whole_seconds:g} s")
+        return future.result()
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
+        """Call the client; its errors as ours."""
+        failed: AuthError | Unavailable
+        try:
+            return call()
+        except BentoHttpError as error:
+            text = one_line(str(error), self._settings.api_key)
+            failed = Unavailable(f"{WHERE} does not {what}: {text}")
+            if error.http_status == 401:
+                failed = AuthError(f"{WHERE} refused the API key: {text}; check DATABENTO_API_KEY")
+        except (BentoError, DBNError, ZstdError, OSError, ValueError) as error:  # those of `requests` are OSErrors
+            failed = Unavailable(f"{WHERE} does not {what}: {one_line(str(error), self._settings.api_key)}")
+        # Raised here, or the client's error would live on as its context, and with it the file it left open.
+        raise failed
+
+
+class DatabentoHistory(Archive):
+    """Callable as DatabentoLive's `history`. `budget`: what is fetched must fit in it, and is put on its account."""
+
+    budget: Budget | None = None
+
     def __call__(self, start_ns: int, end_ns: int) -> History:
         """Blocks of (raw symbol by native id, RECORD records), each of one UTC day, in order of receipt.
 
@@ -91,10 +156,13 @@ class DatabentoHistory:
             "start": start_ns - RECEIPT_MARGIN_NS,
             "end": end_ns + RECEIPT_MARGIN_NS,
         }
-        self._afford(self._aside(lambda: self._cost(query)), start_ns, end_ns)
+        cost = self._aside(lambda: self.cost(query))
+        self._afford(cost, start_ns, end_ns)
         with TemporaryDirectory(prefix="tapeline-", ignore_cleanup_errors=True) as folder:
             path = Path(folder) / "stretch.dbn.zst"
-            self._aside(lambda: self._download(query, path))
+            if self.budget is not None:  # a download that fails may be billed all the same
+                self.budget.spend(Totals(cost_usd=cost))
+            self._aside(lambda: self.download(query, path))
             try:
                 yield from self._blocks(open_tape(path), start_ns, end_ns)
             except SourceError as error:
@@ -103,12 +171,6 @@ class DatabentoHistory:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def _cost(self, query: Mapping[str, Any]) -> float:
-        cost = self._ask("tell the price", lambda: self._client.metadata.get_cost(**query))
-        if not isinstance(cost, int | float) or not math.isfinite(cost):
-            raise Unavailable(f"{WHERE} does not tell the price: it says {one_line(repr(cost))}")
-        return float(cost)
-
     def _afford(self, cost: float, start_ns: int, end_ns: int) -> None:
         limit = self._settings.history_max_usd
         price = f"{_iso(start_ns)} to {_iso(end_ns)} costs ${cost:.4f} at {WHERE}"
@@ -116,11 +178,13 @@ class DatabentoHistory:
             raise Unavailable(f"{price}, and databento.history_max_usd is 0 (never fetch): it becomes a gap")
         if cost > limit:
             raise Unavailable(f"{price}, more than databento.history_max_usd ({limit:g}): it becomes a gap")
+        left = self.budget.left_usd() if self.budget is not None else math.inf
+        if cost > left:
+            raise Unavailable(
+                f"{price}, more than the ${left:.2f} that is left of today's budget: it becomes a gap; "
+                "raise usage.daily_usd to have it"
+            )
         log.info("%s; fetching it", price)
-
-    def _download(self, query: Mapping[str, Any], path: Path) -> None:
-        store = self._ask("send the stretch", lambda: self._client.timeseries.get_range(**query, path=path))
-        store.reader.close()
 
     def _raw_symbols(self, tape: Tape) -> Any:
         """The raw symbols behind the ids of a continuous request, whose header names only what was asked for."""
@@ -149,40 +213,6 @@ class DatabentoHistory:
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise Unavailable(f"{WHERE} does not resolve instrument ids: strange answer ({error!r})") from None
         return SimpleNamespace(stype_in="instrument_id", mappings=mappings)
-
-    def _aside(self, call: Callable[[], T]) -> T:
-        """`call` in a thread of its own: neither `stop` nor the time limit waits for a socket."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:  # raised again where the result is asked for
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="databento-history", daemon=True).start()
-        deadline = time.monotonic() + self._whole_seconds
-        while not wait([future], timeout=POLL_SECONDS).done:
-            if self._stop.is_set():
-                raise Unavailable(f"stopped before {WHERE} was done")
-            if time.monotonic() > deadline:
-                raise Unavailable(f"{WHERE} is not done within {self._whole_seconds:g} s")
-        return future.result()
-
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        """Call the client; its errors as ours."""
-        failed: AuthError | Unavailable
-        try:
-            return call()
-        except BentoHttpError as error:
-            text = one_line(str(error), self._settings.api_key)
-            failed = Unavailable(f"{WHERE} does not {what}: {text}")
-            if error.http_status == 401:
-                failed = AuthError(f"{WHERE} refused the API key: {text}; check DATABENTO_API_KEY")
-        except (BentoError, DBNError, ZstdError, OSError, ValueError) as error:  # those of `requests` are OSErrors
-            failed = Unavailable(f"{WHERE} does not {what}: {one_line(str(error), self._settings.api_key)}")
-        # Raised here, or the client's error would live on as its context, and with it the file it left open.
-        raise failed
 
     # -- records -----------------------------------------------------------------------------
 

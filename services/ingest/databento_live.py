@@ -18,7 +18,7 @@ from databento.common.error import BentoError
 
 from services.ingest.databento_feed import Feed, History, Published
 from services.ingest.databento_session import Dropped, ReplayTooOld, Wire, one_line
-from services.ingest.source import Output, Resume
+from services.ingest.source import Output, Resume, Stop
 from shared.errors import AuthError, ConfigError, Unavailable
 from shared.frames import NS
 from shared.settings import Databento
@@ -70,10 +70,16 @@ class DatabentoLive:
             raise AuthError("there is no Databento API key: set DATABENTO_API_KEY")
         feed = Feed(self._settings, self._partitions, self.feed, out)
         feed.restore(resume, self._published or getattr(out, "published", None))
+        if resume.missed:
+            feed.give_up(resume.missed)
+        elif resume.since_ns is not None:
+            feed.skip_to(resume.since_ns)
         try:
             asyncio.run(self._sessions(feed, out, stop))
         finally:
             self._watched_ns = feed.watched_ns
+        if isinstance(stop, Stop) and stop.rests:
+            feed.rest()
         out.flush()
         out.connection("ended")
 
@@ -105,6 +111,8 @@ class DatabentoLive:
 
     def _start(self, feed: Feed) -> int | None:
         """From where the next session replays; None: it begins now."""
+        if feed.given_up:
+            return None
         if feed.resume_ns is not None:
             return feed.resume_ns
         return self._start_ns if self._watched_ns is None else self._watched_ns

@@ -40,6 +40,9 @@ class Handler(Protocol):
     def metadata(self, metadata: Any) -> None:
         """The session's `databento_dbn.Metadata`: always first."""
 
+    def received(self, records: int, nbytes: int) -> None:
+        """So many records, and their bytes on the wire, are about to be handed on."""
+
     def trades(self, records: NDArray[Any]) -> None:
         """RECORD records; a view that holds only during the call."""
 
@@ -125,19 +128,21 @@ class Wire(DatabentoLiveProtocol):  # type: ignore[misc]
         # Right up to the first record of another kind, where the stride ends.
         other = (records["length"] != TBBO_WORDS) | (records["rtype"] != TBBO_RTYPE)
         run = int(other.argmax()) if other.any() else count
+        self._handler.received(run, run * RECORD.itemsize)
         self._handler.trades(records[:run])
         return at + run * RECORD.itemsize
 
     def _others(self, at: int) -> int:
-        start = at
+        start, count = at, 0
         while self._end - at >= HEADER_BYTES and not self._is_tbbo(at):
             size = 4 * self._buffer[at]
             if size < HEADER_BYTES:
                 raise Dropped("the gateway sent a record without a length")
             if self._end - at < size:
                 break
-            at += size
+            at, count = at + size, count + 1
         if at > start:
+            self._handler.received(count, at - start)
             for record in self._objects.write_and_decode(bytes(self._buffer[start:at])):
                 self._handler.record(record)
         return at

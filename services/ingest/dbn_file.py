@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from services.ingest.source import Output, Resume
 from services.ingest.symbology import DAY, Symbology
 from shared.errors import SourceError
 from shared.messages import Clock
+from shared.settings import Databento
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,22 @@ class Cursor(msgspec.Struct, forbid_unknown_fields=True):
 class DbnFiles:
     """Source over a set of files of one dataset. `speed`: None as fast as possible, else times event time.
 
+    `option_roots`: the setting `databento.option_roots`, its default if None.
+
     The constructor reads the headers and raises SourceError for what it cannot play.
     """
 
     def __init__(
-        self, paths: Iterable[Path | str], partitions: int, *, feed: str = "files", speed: float | None = None
+        self,
+        paths: Iterable[Path | str],
+        partitions: int,
+        *,
+        feed: str = "files",
+        speed: float | None = None,
+        option_roots: Mapping[str, str] | None = None,
     ) -> None:
         self.feed = feed
+        self._option_roots = Databento().option_roots if option_roots is None else option_roots
         tapes = _open_all(paths)
         self._definitions = [t for t in tapes if t.schema == "definition"]
         self._tapes = [t for t in tapes if t.schema != "definition"]
@@ -69,7 +79,7 @@ class DbnFiles:
 
     def run(self, out: Output, resume: Resume, stop: threading.Event) -> None:
         """See Source. What lies before a fault in a file has been pushed when SourceError is raised."""
-        symbology = Symbology(self.venue, self.feed)
+        symbology = Symbology(self.venue, self.feed, self._option_roots)
         for tape in self._definitions:
             symbology.add_definitions(definitions(tape))
         for tape in self._tapes:

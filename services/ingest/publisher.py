@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from services.ingest.source import Grouped, Resume
+from services.ingest.source import RECEIVED, Grouped, Resume
 from services.ingest.status import Status
+from services.ingest.usage import Account
 from shared.bus import Bus, sound
-from shared.errors import BusUnavailable
+from shared.errors import BusUnavailable, Fenced
 from shared.frames import TICK, TICK_FRAMES, TRADE, Frame, Rows, tick_frame
+from shared.instrument_days import DAY_NS, decoded, new_versions, outdated
 from shared.instruments import is_spread, partition_of
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
 from shared.settings import Ingest
@@ -64,6 +66,7 @@ class _Partition:
     due: float = 0.0  # when they must go (monotonic)
     free_at: float = 0.0  # before this, rows linger
     announced: dict[int, Instrument] = field(default_factory=dict)
+    versions_day: int = 0  # on which old versions were last dropped
     home: bool = False  # has an instrument of this feed
 
 
@@ -73,7 +76,7 @@ class PublisherOutput:
     `live`: rows linger at most `settings.linger_ms`, and not at all where nothing was published for
     so long; otherwise only full frames go out until something flushes. `by_ordinal`: rows carry
     ordinals that are the same in every run of the tape named `tape`; without, cursors are stored as
-    the source gives them and nothing is dropped.
+    the source gives them and nothing is dropped. `account`: where usage is counted; closing it is up to its owner.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class PublisherOutput:
         *,
         by_ordinal: bool = True,
         tape: str = "",
+        account: Account | None = None,
     ) -> None:
         self.bus, self.feed, self.owner, self.partitions = bus, feed, owner, partitions
         self.live, self.by_ordinal, self.tape = live, by_ordinal, tape
@@ -101,6 +105,8 @@ class PublisherOutput:
         self._closed = threading.Event()
         self._failed: Exception | None = None
         self._halted = False
+        self.account, self._tells = account, False  # whether the source tells what it receives
+        self._watermark_ns = 0
         self._thread: threading.Thread | None = None
         self.status = Status(bus, feed, owner)
 
@@ -113,6 +119,8 @@ class PublisherOutput:
         before gets Fenced. Raises BusUnavailable.
         """
         self.status.write()  # whoever is fenced off by this looks whether we live
+        if self.account is not None:
+            self.account.attach()
         with self._lock:
             resume = Resume()
             for p in range(self.partitions):
@@ -148,6 +156,26 @@ class PublisherOutput:
         """A producer of several feeds names them `<producer>:<feed>`."""
         return feed == self.feed or feed.startswith(f"{self.feed}:")
 
+    def stop_at(self, stop: threading.Event) -> None:
+        """From now on, waiting for the bus ends (and nothing goes out any more until `attach`) once this is set."""
+        self._stop = stop
+
+    @property
+    def halted(self) -> bool:
+        """Whether something could not be published before a stop."""
+        return self._halted
+
+    @property
+    def reached_ns(self) -> int:
+        """How far the feed is known to the consumers: its newest Clock or trade."""
+        return max(self._watermark_ns, self.status.last_event_ns)
+
+    def check_owner(self) -> None:
+        """Raises Fenced when another process owns the feed: whoever publishes nothing would not learn it."""
+        owner = self.bus.call("hget", self.bus.keys.producers(0), f"{self.feed}:owner")
+        if owner is not None and owner.decode() != self.owner:
+            raise Fenced(f"another process publishes {self.feed} now ({owner.decode()})")
+
     def close(self) -> None:
         """End the helper thread and say the last word; publishes nothing (call `flush` before)."""
         self._closed.set()
@@ -181,11 +209,41 @@ class PublisherOutput:
                     self._keep(part, piece)
 
     def _keep(self, part: _Partition, piece: list[Instrument]) -> None:
+        """What was published becomes the newest known; and a version of its day, first, if it says something new."""
+        key, versions = self.bus.keys.instruments(part.number), self.bus.keys.instrument_days(part.number)
+        ids = sorted({i.id for i in piece} - part.announced.keys())
+        held: dict[str, bytes] = {}
+
+        def ask() -> None:
+            held.update({str(n): body for n, body in zip(ids, self.bus.call("hmget", key, ids), strict=True) if body})
+
+        if ids and not self._patiently(ask):
+            return
+        known = {i.id: part.announced[i.id] for i in piece if i.id in part.announced}
+        days = new_versions(piece, known | {i.id: i for _, i in decoded(held)})
+        if days:
+            self._patiently(lambda: self.bus.call("hset", versions, mapping=days))
         fields = {str(i.id): msgspec.json.encode(i) for i in piece}
-        key = self.bus.keys.instruments(part.number)
         self._patiently(lambda: self.bus.call("hset", key, mapping=fields))
         part.announced.update((i.id, i) for i in piece)
         part.home = True
+        self._drop_versions(part, max((i.defined_ns or 0 for i in piece), default=0))
+
+    def _drop_versions(self, part: _Partition, now_ns: int) -> None:
+        """Once a day of the tape: versions of this feed's instruments that expired long ago."""
+        if now_ns // DAY_NS <= part.versions_day:
+            return
+        key, gone = self.bus.keys.instrument_days(part.number), list[str]()
+
+        def look() -> None:
+            held = {name.decode(): body for name, body in self.bus.call("hgetall", key).items()}
+            mine = {name: held[name] for name, i in decoded(held) if self._mine(i.feed)}
+            gone.extend(outdated(mine, now_ns))
+
+        if self._patiently(look):
+            part.versions_day = now_ns // DAY_NS
+        if gone:
+            self._patiently(lambda: self.bus.call("hdel", key, *gone))
 
     def broadcast(self, message: Clock | Gap | Disconnect) -> None:
         """See Output."""
@@ -194,6 +252,7 @@ class PublisherOutput:
         body = encode([message])
         with self._lock:
             self._check()
+            self._watermark_ns = max(self._watermark_ns, at)
             for part in self._parts:
                 if part.home and not (self._told(part) and isinstance(message, Gap | Disconnect)):
                     self._flush(part)
@@ -229,10 +288,17 @@ class PublisherOutput:
 
     def count(self, reason: str, records: int, usage_bytes: int = 0) -> None:
         """See Output. At least once: records read again after a crash are counted again."""
+        if reason == RECEIVED:
+            self._tells = True
+            if self.account is not None:
+                self.account.received(records, usage_bytes)
+            records = 0
         self.status.count(reason, records, usage_bytes)
 
     def connection(self, state: str, detail: str = "") -> None:
         """See Output."""
+        if self.account is not None:
+            self.account.connection(state == "connected")
         self.status.connection(state, detail)
 
     def published(self, partition: int, since_ns: int) -> Rows:
@@ -339,8 +405,14 @@ class PublisherOutput:
         part.cursor = cursor
         part.last_ns = max(part.last_ns, frames[-1].last_ns)
         part.free_at = time.monotonic() + self._linger
-        if frames[-1].kind in TICK_FRAMES:
+        ticks = frames[-1].kind in TICK_FRAMES
+        if ticks:
             self.status.published(sum(f.count for f in frames), part.last_ns)
+        if self.account is not None:
+            if ticks and not self._tells:
+                self.account.received(sum(f.count for f in frames), 0)
+            if ticks or frames[-1].kind == "gap":
+                self.account.went_on()
 
     def _patiently(self, call: Callable[[], object], partition: int | None = None) -> bool:
         """Repeat a harmless call until it is done; False when stopped first, and then nothing more goes out."""

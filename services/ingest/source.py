@@ -8,6 +8,7 @@ Output, so adding a venue touches its own file and one line of `services.ingest.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,11 +34,48 @@ class Grouped:
     starts: list[int]
 
 
+# What a source counts with its bytes, as it came over the wire; see Output.count.
+RECEIVED = "received"
+LOOK_SECONDS = 0.05
+
+
 @dataclass(slots=True)
 class Resume:
-    """Where the bus stands when a source starts: the cursor that each partition holds (or b"")."""
+    """Where the bus stands when a source starts: the cursor that each partition holds (or b"").
+
+    `missed`: all since then is given up for this reason, as a Gap until now; it must not be asked for again.
+    `since_ns`: nothing was to be seen before it, the market was closed; what came after it is to be had as ever.
+    """
 
     cursors: dict[int, bytes] = field(default_factory=dict)
+    missed: str = ""
+    since_ns: int | None = None
+
+
+class Stop(threading.Event):
+    """Set when its parent is, or for itself: then the feed `rests`, on purpose and perhaps for long."""
+
+    def __init__(self, parent: threading.Event) -> None:
+        super().__init__()
+        self._parent = parent
+
+    @property
+    def rests(self) -> bool:
+        """Whether the feed, not the process, is to stop."""
+        return super().is_set() and not self._parent.is_set()
+
+    def is_set(self) -> bool:
+        return super().is_set() or self._parent.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As long as asked for, looking at the parent many times a second."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set():
+            left = LOOK_SECONDS if end is None else end - time.monotonic()
+            if left <= 0:
+                break
+            super().wait(min(left, LOOK_SECONDS))
+        return self.is_set()
 
 
 class Output(Protocol):
@@ -58,10 +96,12 @@ class Output(Protocol):
         """Publish what lingers."""
 
     def count(self, reason: str, records: int, usage_bytes: int = 0) -> None:
-        """Count records that were not published, with the reason; nothing vanishes uncounted."""
+        """Count records that were not published, with the reason; nothing vanishes uncounted.
+
+        With reason RECEIVED: records that came from the vendor, and their bytes, whatever becomes of them."""
 
     def connection(self, state: str, detail: str = "") -> None:
-        """Tell operators: `connected`, `down`, `waiting`, `ended`, `failed`."""
+        """Tell operators: `connected`, `down`, `waiting`, `ended`, `failed`; `budget` and `closed` while not to be."""
 
 
 class Source(Protocol):

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
-import databento_dbn as dbn
 import msgspec
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from services.ingest.normalize import REASONS, Normalizer
 from services.ingest.pacing import Pacer
 from services.ingest.source import Output, Resume
-from services.ingest.synthetic_market import DAY, Contract, MarketOptions, SyntheticMarket
+from services.ingest.synthetic_chain import Option
+from services.ingest.synthetic_dbn import Listing, definition, metadata, write_file
+from services.ingest.synthetic_market import MarketOptions, SyntheticMarket
+from services.ingest.synthetic_products import DAY
 from shared.calendar import GLOBEX
 from shared.errors import ConfigError
 from shared.frames import NS
@@ -36,6 +35,7 @@ WARM_UP_SECONDS = 600
 CATCH_UP_SECONDS = 2 * 3600
 IN_A_BLOCK = 1 << 24  # ordinals: block number and place within
 CHUNK = 65_536
+OPTION_SHARE = 0.1  # of the trades, where options trade
 
 
 class Cursor(msgspec.Struct):
@@ -63,10 +63,13 @@ class SyntheticFeed:
         self.settings = settings
         self._partitions, self._clock = partitions, clock
         self._market = SyntheticMarket(
-            MarketOptions(settings.seed, tuple(settings.roots), settings.trades_per_second, contracts=3)
-        )
+            MarketOptions(
+                settings.seed, tuple(settings.roots), settings.trades_per_second, contracts=3,
+                option_share=OPTION_SHARE,
+            )
+        )  # fmt: skip
         # Another market is another tape; another speed is not.
-        made_of = f"{settings.seed}/{settings.roots}/{settings.trades_per_second}"
+        made_of = f"{settings.seed}/{settings.roots}/{settings.trades_per_second}/{OPTION_SHARE}"
         self.tape = blake2b(made_of.encode(), digest_size=8).hexdigest()
 
     def run(self, out: Output, resume: Resume, stop: threading.Event) -> None:
@@ -131,13 +134,14 @@ class _Play:
                 self._tick(due)
 
     def _enter(self, at_ns: int) -> None:
-        """A new UTC date lists new contracts (ids are never used twice)."""
+        """A new UTC date lists new contracts and options (an id means the same for years)."""
         before = self.normalizer.active_partitions()
-        contracts = self.market.contracts(at_ns)
-        instruments = [c.instrument(VENUE, self.feed.feed) for c in contracts]
-        self.out.instruments(instruments)
-        for contract, instrument in zip(contracts, instruments, strict=True):
-            self.normalizer.map(contract.native, instrument)
+        day_ns, venue, feed = at_ns // DAY * DAY, VENUE, self.feed.feed
+        listed = [(c.native, c.instrument(venue, feed)) for c in self.market.contracts(at_ns)]
+        listed += [(o.native, o.instrument(venue, feed, day_ns)) for o in self.market.options_on(at_ns)]
+        self.out.instruments([instrument for _, instrument in listed])
+        for native, instrument in listed:
+            self.normalizer.map(native, instrument)
         self.day = at_ns // DAY
         if before != self.normalizer.active_partitions():
             self.out.broadcast(Clock(self.feed.feed, self.at.watch_ns, watched_from_ns=self.at.watch_ns))
@@ -172,37 +176,43 @@ def generate(
     late_seconds: float = 0.0,
     definitions: bool = False,
     sessions: bool = False,
+    options: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write `trades` tbbo records to a DBN file (`.zst`: compressed) and say what is in it.
 
     The front contracts roll in the middle of the tape. `sessions`: CME Globex hours, and dataset
     GLBX.MDP3; else the venue SYNTH, which never closes. `definitions`: also `<name>.definitions.dbn`
-    beside it. The same options give the same bytes. Raises OSError, ConfigError.
+    beside it. `options`: a tenth of the trades are of options, and there are definitions. The same options give the
+    same bytes. Raises OSError, ConfigError.
     """
     start_ns = start if isinstance(start, int) else _instant(start)
-    options = MarketOptions(
-        seed, tuple(roots), rate, contracts, sessions, late_fraction, late_seconds, start_ns,
-        _middle(start_ns, trades / rate / 2, sessions),
+    market = SyntheticMarket(
+        MarketOptions(
+            seed, tuple(roots), rate, contracts, sessions, late_fraction, late_seconds, start_ns,
+            _middle(start_ns, trades / rate / 2, sessions), OPTION_SHARE if options else 0.0,
+        )
     )  # fmt: skip
-    market = SyntheticMarket(options)
+    dataset = GLOBEX if sessions else VENUE
     part = out.with_name(out.name + ".part")
     try:
         with part.open("w+b") as body:
             listed, end_ns = _write_body(body, market, start_ns, trades, progress)
-            head = _metadata(market, start_ns, end_ns, "tbbo", listed)
+            head = metadata(dataset, "tbbo", start_ns, end_ns, listed)
             body.seek(0)
-            _write_file(out, head, body)
+            write_file(out, head, body)
     finally:
         part.unlink(missing_ok=True)
     summary: dict[str, Any] = {
-        "file": str(out), "trades": trades, "contracts": sum(1 for c in listed if c.far is None),
+        "file": str(out), "trades": trades, "contracts": sum(getattr(c, "far", c) is None for c in listed),
         "start": _iso(start_ns), "end": _iso(end_ns), "bytes": out.stat().st_size,
     }  # fmt: skip
-    if definitions:
+    if options:
+        summary["options"] = sum(isinstance(c, Option) for c in listed)
+    if definitions or options:
         beside = out.with_name(out.name.removesuffix(".zst").removesuffix(".dbn") + ".definitions.dbn")
-        head = _metadata(market, start_ns, end_ns, "definition", listed)
-        beside.write_bytes(head + b"".join(_definition(c, start_ns) for c in listed))
+        head = metadata(dataset, "definition", start_ns, end_ns, listed)
+        beside.write_bytes(head + b"".join(definition(c, start_ns) for c in listed))
         summary["definitions"] = str(beside)
     return summary
 
@@ -221,16 +231,18 @@ def _middle(start_ns: int, seconds: float, sessions: bool) -> int:
 
 def _write_body(
     body: BinaryIO, market: SyntheticMarket, start_ns: int, trades: int, progress: Callable[[int], None] | None
-) -> tuple[list[Contract], int]:
+) -> tuple[list[Listing], int]:
     """Records to a file; which contracts were listed meanwhile, and the whole second after the last record."""
-    listed: dict[int, Contract] = {}
+    listed: dict[int, Listing] = {}
     made, day, last = 0, -1, start_ns
     for index, records in market.blocks(market.index(start_ns)):
         rows = records[np.searchsorted(records["ts_recv"], start_ns) :][: trades - made]
         block_day = index * market.block_ns // DAY
         if block_day != day:
             day = block_day
-            listed.update((c.native, c) for c in market.contracts(index * market.block_ns))
+            at_ns = index * market.block_ns
+            new: list[Listing] = [*market.contracts(at_ns), *market.options_on(at_ns)]
+            listed.update((c.native, c) for c in new)
         body.write(rows.tobytes())
         made += len(rows)
         last = int(rows["ts_recv"][-1]) if len(rows) else last
@@ -239,51 +251,6 @@ def _write_body(
         if made >= trades:
             return list(listed.values()), (last // NS + 1) * NS
     raise AssertionError("blocks do not end")
-
-
-def _write_file(out: Path, head: bytes, body: BinaryIO) -> None:
-    with out.open("wb") as file:
-        if out.suffix != ".zst":
-            file.write(head)
-            shutil.copyfileobj(body, file, 1 << 20)
-            return
-        with zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False) as packed:
-            packed.write(head)
-            shutil.copyfileobj(body, packed, 1 << 20)
-
-
-def _metadata(market: SyntheticMarket, start_ns: int, end_ns: int, schema: str, listed: list[Contract]) -> bytes:
-    first, last = _date(start_ns), _date(end_ns - 1) + timedelta(days=1)
-    mappings = [
-        SimpleNamespace(
-            raw_symbol=c.symbol,
-            intervals=[SimpleNamespace(start_date=first, end_date=last, symbol=str(c.native))],
-        )
-        for c in listed
-    ]
-    made = dbn.Metadata(
-        dataset=GLOBEX if market.options.sessions else VENUE, start=start_ns, end=end_ns, stype_in=dbn.SType.RAW_SYMBOL,
-        stype_out=dbn.SType.INSTRUMENT_ID, schema=dbn.Schema.from_str(schema), symbols=[c.symbol for c in listed],
-        partial=[], not_found=[], mappings=mappings, ts_out=False, version=3,
-    )  # fmt: skip
-    return bytes(made.encode())
-
-
-def _definition(contract: Contract, at_ns: int) -> bytes:
-    spread = contract.far is not None
-    return bytes(
-        dbn.InstrumentDefMsg(
-            publisher_id=1, instrument_id=contract.native, ts_event=at_ns, ts_recv=at_ns,
-            min_price_increment=round(contract.tick * NS), display_factor=NS, raw_symbol=contract.symbol,
-            asset=contract.root, security_type="FUT", expiration=contract.expiry_ns,
-            instrument_class=dbn.InstrumentClass.FUTURE_SPREAD if spread else dbn.InstrumentClass.FUTURE,
-            security_update_action=dbn.SecurityUpdateAction.ADD, currency="USD", exchange="SYNT",
-        )
-    )  # fmt: skip
-
-
-def _date(ns: int) -> date:
-    return date(1970, 1, 1) + timedelta(days=ns // DAY)
 
 
 def _iso(ns: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -19,77 +18,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.ingest.normalize import RECORD
+from services.ingest.synthetic_chain import YEAR_SECONDS, Option, black_76, family, option, series_on
+from services.ingest.synthetic_products import DAY, PRODUCTS, Contract, Product, chain, spread
 from shared.calendar import EQUITY_INDEX
 from shared.calendar import sessions as market_hours
 from shared.frames import NS
-from shared.instruments import MONTH_CODES, instrument_id
-from shared.messages import Instrument
 
-DAY = 86_400 * NS
 LATENCY_NS = 150_000  # the least time from event to receipt
 ROLL_BEFORE_EXPIRY = 8 * DAY
 QUIET_SLOT_SECONDS = 7200
 SPREAD_SHARE, EQUAL_SHARE, SWEEP_SHARE, NO_SIDE_SHARE, BURST_SHARE = 0.01, 0.005, 0.15, 0.01, 0.04
 OCTAVES = 15  # from a minute to eleven days
 MONTH = 30 * DAY
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """What is typical of a root. `tick` in price units, `walk` in ticks per root of a second, `clip` the
-    typical size, `basis` ticks a month of carry; a `thin` product has long quiet stretches."""
-
-    root: str
-    tick: float
-    level: float
-    weight: float
-    months: str
-    walk: float
-    clip: float = 1.0
-    basis: float = 8.0
-    thin: bool = False
-
-
-_TABLE = (
-    Product("ES", 0.25, 5200, 10, "HMUZ", 0.7, 1.2, 60),
-    Product("NQ", 0.25, 18_200, 7, "HMUZ", 2.2, 0.8, 200),
-    Product("CL", 0.01, 79, 4, "FGHJKMNQUVXZ", 0.5, 1.0, -30),
-    Product("GC", 0.1, 2330, 3, "GJMQVZ", 0.6, 1.0, 90),
-    Product("ZN", 1 / 64, 109.5, 3, "HMUZ", 0.08, 8.0, 2),
-    Product("6E", 0.00005, 1.078, 2, "HMUZ", 0.12, 1.5, 20),
-    Product("NG", 0.001, 2.25, 1.5, "FGHJKMNQUVXZ", 0.2, 3.0, 40, thin=True),
-    Product("RTY", 0.1, 2050, 1.5, "HMUZ", 0.5, 0.9, 60, thin=True),
-    Product("YM", 1.0, 39_000, 1.2, "HMUZ", 0.6, 0.8, 120, thin=True),
-    Product("SI", 0.005, 28, 0.8, "HKNUZ", 0.3, 1.0, 15, thin=True),
-    Product("HG", 0.0005, 4.6, 0.7, "HKNUZ", 0.3, 1.0, 15, thin=True),
-    Product("ZB", 1 / 32, 116, 0.7, "HMUZ", 0.1, 4.0, 2, thin=True),
-)
-PRODUCTS = {product.root: product for product in _TABLE}
-
-
-@dataclass(frozen=True, slots=True)
-class Contract:
-    """An outright (`far` None) or the calendar spread to `far`. `native` is its id on the wire."""
-
-    symbol: str
-    root: str
-    native: int
-    expiry_ns: int
-    tick: float
-    far: Contract | None = None
-
-    def instrument(self, venue: str, feed: str) -> Instrument:
-        """As it is published."""
-        return Instrument(
-            instrument_id(venue, self.symbol), venue, self.symbol, self.root, feed,
-            kind="S" if self.far else "F", expiration_ns=self.expiry_ns, tick_size=self.tick,
-        )  # fmt: skip
+# Of options: strikes to either side of the money of the day, weights of the expiries, how long a key leans one way.
+STRIKES = 8
+EXPIRY_WEIGHTS = (0.4, 0.25, 0.2, 0.15)
+LEANING_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True)
 class MarketOptions:
     """`rate`: trades a second over all roots, on average. `sessions`: no trades outside the hours of CME Globex.
-    `roll_ns`: when the front contract of `from_ns` gives way (None: eight days before expiry)."""
+    `roll_ns`: when the front contract of `from_ns` gives way (None: eight days before expiry). `option_share`: how
+    many of the trades are of options; 0: no option is listed."""
 
     seed: int = 1
     roots: tuple[str, ...] = ("ES", "NQ", "CL")
@@ -100,6 +51,7 @@ class MarketOptions:
     late_seconds: float = 0.0
     from_ns: int = 0
     roll_ns: int | None = None
+    option_share: float = 0.0
 
 
 class SyntheticMarket:
@@ -122,11 +74,27 @@ class SyntheticMarket:
         for product in self.products:
             chain = self._chain(product, at_ns)
             found += chain
-            found += [_spread(a, b) for a, b in pairwise(chain)]
+            found += [spread(a, b) for a, b in pairwise(chain)]
         return found
 
+    def options_on(self, at_ns: int) -> list[Option]:
+        """Options that are listed on the UTC day of `at_ns`."""
+        if not self.options.option_share:
+            return []
+        return [o for product in self.products for ladder in self._listed(product, at_ns // DAY) for o in ladder]
+
+    def _listed(self, product: Product, day: int) -> list[list[Option]]:
+        """Of each series, by strike, the call before the put."""
+        money = self._money(product, day)
+        strikes = range(max(1, money - STRIKES), money + STRIKES + 1)
+        return [[option(product, s, k, kind) for k in strikes for kind in "CP"] for s in series_on(product, day)]
+
+    def _money(self, product: Product, day: int) -> int:
+        """The strike (in steps) at the money when a day begins."""
+        return round(self._middle(product, day * 86_400.0) * product.tick / family(product).step)
+
     def _chain(self, product: Product, at_ns: int) -> list[Contract]:
-        return _chain(product, at_ns // DAY, self.options.contracts)
+        return chain(product, at_ns // DAY, self.options.contracts)
 
     def _shares(self, chain: list[Contract], at_ns: int) -> NDArray[np.float64]:
         """How the volume of a root is spread over its contracts at an instant."""
@@ -167,6 +135,8 @@ class SyntheticMarket:
         if self._hours is not None and not self.open_seconds(start, start + self.block_ns):
             return np.empty(0, RECORD)
         pieces = [self._root(k, product, index) for k, product in enumerate(self.products)]
+        if self.options.option_share:
+            pieces += [self._options(k, product, index) for k, product in enumerate(self.products)]
         rows = np.concatenate(pieces)
         rows = rows[np.argsort(rows["ts_event"], kind="stable")]
         n = len(rows)
@@ -188,9 +158,9 @@ class SyntheticMarket:
     def _root(self, k: int, product: Product, index: int) -> NDArray[Any]:
         """A root's records of a block, in order of ts_event; without times of receipt and sequences."""
         rng, start = self._rng(index, k), index * self.block_ns
-        times = self._arrivals(product, rng, start)
+        times = self._arrivals(product, rng, start, 1 - self.options.option_share)
         n = len(times)
-        rows = np.zeros(n, RECORD)
+        rows = _blank(times)
         if not n:
             return rows
         chain = self._chain(product, start)
@@ -200,15 +170,50 @@ class SyntheticMarket:
         is_spread = (rng.random(n) < SPREAD_SHARE) & (which < len(chain) - 1)
         if is_spread.any():
             mid[is_spread] = 1000 + product.basis * np.diff(months)[which[is_spread]]
-        natives = np.array([c.native for c in chain] + [_spread(a, b).native for a, b in pairwise(chain)])
+        natives = np.array([c.native for c in chain] + [spread(a, b).native for a, b in pairwise(chain)])
         rows["instrument_id"] = natives[np.where(is_spread, len(chain) + which, which)]
-        rows["length"], rows["rtype"], rows["publisher_id"], rows["action"] = 20, 1, 1, ord("T")
-        rows["ts_event"] = times
-        rows["flags"] = 0
         self._quotes(product, rng, rows, mid)
         return rows
 
-    def _arrivals(self, product: Product, rng: np.random.Generator, start: int) -> NDArray[np.int64]:
+    def _options(self, k: int, product: Product, index: int) -> NDArray[Any]:
+        """The option trades of a root in a block, in order of ts_event: near the money, nearer expiries more, each
+        key bought or sold rather for a while."""
+        rng, start = self._rng(index, 128 + k), index * self.block_ns
+        ladders = [o for o in self._listed(product, start // DAY) if o[0].expiry_ns >= start + self.block_ns]
+        times = self._arrivals(product, rng, start, self.options.option_share)
+        n, rows = len(times), _blank(times)
+        if not n:
+            return rows
+        of = family(product)
+        levels = [self._middle(product, (start + e) / NS) * product.tick for e in (0, self.block_ns)]
+        spot = levels[0] + (levels[1] - levels[0]) * (times - start) / self.block_ns
+        spot += product.basis * product.tick * (ladders[0][0].future.expiry_ns - start) / MONTH
+        weights = np.array(EXPIRY_WEIGHTS[: len(ladders)])
+        series = rng.choice(len(ladders), n, p=weights / weights.sum())
+        first = round(ladders[0][0].strike / of.step)
+        place = np.round(spot / of.step + rng.normal(0, 2, n)).astype(np.int64) - first
+        place = place.clip(0, len(ladders[0]) // 2 - 1)
+        call = rng.random(n) < np.where((first + place) * of.step >= spot, 0.7, 0.3)
+        which = 2 * place + ~call
+        chosen = [ladders[s][w] for s, w in zip(series.tolist(), which.tolist(), strict=True)]
+        rows["instrument_id"] = [o.native for o in chosen]
+        years = np.maximum((np.array([o.expiry_ns for o in chosen]) - times) / NS, 60) / YEAR_SECONDS
+        value = black_76(spot, np.array([o.strike for o in chosen]), years, of.vol, call)
+        bid = np.maximum(1, np.floor(value / of.tick - 0.5)).astype(np.int64)
+        ask = bid + 1 + rng.integers(0, 3, n)
+        cell = start // (LEANING_SECONDS * NS)
+        lean = {o.native: 2 * _uniform(self.options.seed, o.symbol, 95, cell) - 1 for o in chosen}
+        buys = rng.random(n) < 0.5 + 0.45 * np.array([lean[o.native] for o in chosen]) ** 3
+        unit = round(of.tick * NS)
+        rows["price"], rows["bid_px"], rows["ask_px"] = np.where(buys, ask, bid) * unit, bid * unit, ask * unit
+        rows["side"] = np.where(buys, ord("B"), ord("A"))
+        rows["size"] = np.minimum(1 + rng.pareto(1.4, n) * 2, 400).astype(np.uint32)
+        for side in ("bid", "ask"):
+            rows[f"{side}_sz"] = 1 + rng.integers(0, 60, n)
+            rows[f"{side}_ct"] = 1 + rng.integers(0, 6, n)
+        return rows
+
+    def _arrivals(self, product: Product, rng: np.random.Generator, start: int, share: float) -> NDArray[np.int64]:
         """Clustered times within the block: moods over minutes, bursts, echoes of trades, sweeps at one instant."""
         seconds = self.block_ns / NS
         mood = 0.6 * self._noise(product.root, 90, start / NS, 240) + 0.35 * self._noise(
@@ -216,7 +221,7 @@ class SyntheticMarket:
         )
         hour = (start // (3600 * NS)) % 24
         day = 1.25 if 13 <= hour < 21 else 0.9
-        rate = self.options.rate * product.weight / self._weight * day * float(np.exp(mood - 0.42))
+        rate = share * self.options.rate * product.weight / self._weight * day * float(np.exp(mood - 0.42))
         if rng.random() < BURST_SHARE:
             rate *= 4
         echoes = 2.0
@@ -298,6 +303,13 @@ class SyntheticMarket:
             rows[f"{side}_ct"] = 1 + (size / (1.5 * product.clip)).astype(np.uint32)
 
 
+def _blank(times: NDArray[np.int64]) -> NDArray[Any]:
+    rows = np.zeros(len(times), RECORD)
+    rows["length"], rows["rtype"], rows["publisher_id"], rows["action"] = 20, 1, 1, ord("T")
+    rows["ts_event"] = times
+    return rows
+
+
 def _uniform(seed: int, root: str, stream: int, cell: int) -> float:
     digest = blake2b(f"{seed}/{root}/{stream}/{cell}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -308,38 +320,3 @@ def _normal(seed: int, root: str, stream: int, cell: int) -> float:
     """Near enough to normal: the sum of four uniforms."""
     digest = blake2b(f"{seed}/{root}/{stream}/{cell}".encode(), digest_size=8).digest()
     return sum(int.from_bytes(digest[i : i + 2], "big") / 65536 - 0.5 for i in range(0, 8, 2)) * 3**0.5
-
-
-@lru_cache(maxsize=1 << 10)
-def _chain(product: Product, day: int, count: int) -> list[Contract]:
-    """The first `count` contracts that have not expired on a day."""
-    date = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=day)
-    found: list[Contract] = []
-    year, month = date.year, date.month
-    while len(found) < count:
-        code = MONTH_CODES[month - 1]
-        expiry = _third_friday(year, month)
-        if code in product.months and expiry >= (day + 1) * DAY:
-            found.append(
-                Contract(f"{product.root}{code}{year % 10}", product.root, _native(product.root, year, month), expiry,
-                         product.tick)
-            )  # fmt: skip
-        year, month = (year + 1, 1) if month == 12 else (year, month + 1)
-    return found
-
-
-def _third_friday(year: int, month: int) -> int:
-    first = datetime(year, month, 1, 13, 30, tzinfo=UTC)
-    return int((first + timedelta(days=(4 - first.weekday()) % 7 + 14)).timestamp()) * NS
-
-
-def _native(root: str, year: int, month: int) -> int:
-    """A 32-bit id as a venue gives, the same in every run."""
-    of_root = int.from_bytes(blake2b(root.encode(), digest_size=3).digest(), "big") >> 6
-    return of_root * 8192 + (year % 100) * 12 + month
-
-
-def _spread(near: Contract, far: Contract) -> Contract:
-    return Contract(
-        f"{near.symbol}-{far.symbol}", near.root, near.native + 4096, near.expiry_ns, near.tick, far
-    )  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from services.ingest.source import Output, Resume
+from services.ingest.source import RECEIVED, Output, Resume
 from services.ingest.tardis_decode import EVENT, Decoded, Decoder, Event
 from services.ingest.tardis_request import live_requests, symbols_of, unsupported
 from services.ingest.tardis_route import Router
@@ -132,6 +132,7 @@ class _Following:
         self._moved_ns = self._clocked_ns = 0  # local time of it, and of the newest Clock
         self._watermark_ns = 0
         self._missing_ns: int | None = None  # newest event of a former process, until the first one after it
+        self._reason = RESTARTED
         self._lagging = False
         self._told: dict[str, int] = {}  # when an error was last logged
 
@@ -151,7 +152,10 @@ class _Following:
         self._router.recall(self._source._instruments(), np.concatenate([np.empty(0, TICK), *rows.values()]))
         self._high_ns = max(newest.values())
         self._missing_ns = min(at for at in newest.values() if at > self._high_ns - STALE_NS)
-        self._out.broadcast(Disconnect(self._feed, self._now(), RESTARTED, since_ns=self._missing_ns))
+        if resume.since_ns is not None:
+            self._missing_ns = max(self._missing_ns, resume.since_ns)
+        self._reason = resume.missed or RESTARTED
+        self._out.broadcast(Disconnect(self._feed, self._now(), self._reason, since_ns=self._missing_ns))
 
     def _end_gap(self, decoded: Decoded, cursor: bytes) -> Decoded:
         """Before the first trade or book that is newer than what a former process published: the Gap up to it."""
@@ -163,7 +167,8 @@ class _Following:
         at = int(newer.argmax())
         before = Decoded(rows[:at], decoded.ordinals[:at], decoded.events, decoded.counts)
         self._router.take(before, self._out, cursor)
-        self._out.broadcast(Gap(self._feed, since, int(rows["ts_event_ns"][at]), RESTARTED))
+        end = max(since, int(rows["ts_event_ns"][at]))  # an exchange's clock may be behind
+        self._out.broadcast(Gap(self._feed, since, end, self._reason))
         self._missing_ns = None
         return Decoded(rows[at:], decoded.ordinals[at:], decoded.events)
 
@@ -194,6 +199,7 @@ class _Following:
         elif isinstance(item, Down):
             self._down(line, item)
         else:
+            self._out.count(RECEIVED, len(item), sum(map(len, item)))
             self._take(line, self._decode(item, 0))
 
     def _about(self) -> str:

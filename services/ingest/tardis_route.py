@@ -18,6 +18,7 @@ from services.ingest.tardis_pass import REASONS, SPREAD, classify, scatter, soun
 from services.ingest.tardis_recent import Recent
 from services.ingest.tardis_symbols import OptionFacts, instrument_of
 from shared.frames import BOOK, TICK, TRADE, Rows
+from shared.instrument_days import same
 from shared.instruments import feed_id, is_spread, partition_of
 from shared.messages import Clock, Disconnect, Gap, Instrument
 
@@ -79,9 +80,11 @@ class Router:
         instrument = instrument_of(exchange, symbol, feed.name, on_ns, option)
         if index is None:
             return self._add(feed, instrument)
-        if instrument != self._instruments[index]:
+        if not same(instrument, self._instruments[index]):
             self._instruments[index] = instrument
             self._unannounced.add(index)
+            if self._part[index] == SPREAD:  # no combination, as its name had it, but an option
+                self._part[index] = partition_of(instrument.root, self.partitions)
         return index
 
     def instrument(self, index: int) -> Instrument:

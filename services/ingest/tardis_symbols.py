@@ -113,7 +113,9 @@ class _Contract:
 def instrument_of(exchange: str, symbol: str, feed: str, on_ns: int, summary: OptionFacts | None = None) -> Instrument:
     """The contract behind a symbol as traded at `on_ns` (it decides years and decades that a name leaves out).
 
-    Any name gives an instrument: one that follows no known rule is its own base. `summary` beats the name.
+    Any name gives an instrument: one that follows no known rule is its own base. `summary` beats the name, but in
+    the root: that is the name's alone, or a contract's rows would change partition when its summary comes.
+    `on_ns` is when an option was defined.
     """
     found = _contract(exchange, symbol.upper(), on_ns)
     if summary is not None and summary.kind is not None:
@@ -136,6 +138,7 @@ def instrument_of(exchange: str, symbol: str, feed: str, on_ns: int, summary: Op
         strike=found.strike,
         underlying=(named or found.base) if option else None,
         multiplier=1.0 if option and exchange in _UNIT_OPTIONS else None,
+        defined_ns=on_ns if option else None,
         ticker=None if option else f"{exchange}:{symbol}",
     )
 

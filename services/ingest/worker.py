@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from services.ingest.gate import gate_of
+from services.ingest.keeper import Keeper
 from services.ingest.normalize import warm
 from services.ingest.publisher import PublisherOutput
 from services.ingest.source import Source
+from services.ingest.usage import Account
 from shared.bus import worker_id
 from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.messages import Instrument
@@ -30,13 +33,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """What the loop must know of a feed; `make` gets the output, for sources that read back what is published."""
+    """What the loop must know of a feed; `make` gets the output, for sources that read back what is published.
+
+    `metered`: its usage is counted (what plays a tape uses nothing of a vendor). `hours`: the setting that names its
+    market hours.
+    """
 
     name: str
     make: Callable[[PublisherOutput], Source]
     live: bool
     by_ordinal: bool = True
     tape: str = ""
+    metered: bool = True
+    hours: str = ""
 
 
 class Tape(Source, Protocol):
@@ -55,7 +64,7 @@ def open_files(settings: Settings, args: tuple[str, ...]) -> DbnFiles:
     from services.ingest.dbn_file import DbnFiles  # noqa: PLC0415
 
     paths, speed = _tape_arguments("ingest-files wants DBN files: [--speed N|max] FILE...", args)
-    return DbnFiles(paths, settings.tapeline.partitions, speed=speed)
+    return DbnFiles(paths, settings.tapeline.partitions, speed=speed, option_roots=settings.databento.option_roots)
 
 
 def run_tardis_csv(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
@@ -111,9 +120,10 @@ def run_databento(settings: Settings, stop: threading.Event, args: tuple[str, ..
     history = DatabentoHistory(settings.databento, stop)
 
     def make(out: PublisherOutput) -> Source:
+        history.budget = out.account
         return DatabentoLive(settings.databento, partitions, feed=name, history=history, published=out.published)
 
-    serve(settings, stop, Feed(name, make, True, by_ordinal=False))
+    serve(settings, stop, Feed(name, make, True, by_ordinal=False, hours="databento.hours"))
 
 
 def run_tardis(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
@@ -135,7 +145,7 @@ def run_tardis(settings: Settings, stop: threading.Event, args: tuple[str, ...])
 
     TardisLive(settings.tardis, exchange, partitions)  # wrong settings are told before Redis is there
     warm_router()
-    serve(settings, stop, Feed(f"tardis:{exchange}", make, True, by_ordinal=False))
+    serve(settings, stop, Feed(f"tardis:{exchange}", make, True, by_ordinal=False, hours="tardis.hours"))
 
 
 def run_tardis_replay(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
@@ -165,7 +175,7 @@ def _instruments(out: PublisherOutput) -> list[Instrument]:
 
 def _play(settings: Settings, stop: threading.Event, source: Tape, args: tuple[str, ...]) -> None:
     paced = _tape_arguments("", args)[1] is not None
-    serve(settings, stop, Feed(source.feed, lambda _: source, paced, tape=source.tape))
+    serve(settings, stop, Feed(source.feed, lambda _: source, paced, tape=source.tape, metered=False))
 
 
 def serve(settings: Settings, stop: threading.Event, feed: Feed) -> None:
@@ -173,13 +183,18 @@ def serve(settings: Settings, stop: threading.Event, feed: Feed) -> None:
 
     Raises ConfigError when another living process publishes this feed, and what the source raises.
     """
+    section, _, name = feed.hours.partition(".")
+    calendar = getattr(getattr(settings, section), name) if feed.hours else ""
+    gate = gate_of(settings, feed.name, calendar, feed.hours)
     bus = wait_for_bus(settings, stop)
     if bus is None:
         return
     warm()
+    owner = worker_id(f"ingest-{feed.name}")
+    account = Account(bus.clone(), feed.name, owner, settings, gate) if feed.metered else None
     out = PublisherOutput(
-        bus, feed.name, worker_id(f"ingest-{feed.name}"), settings.tapeline.partitions, settings.ingest, stop,
-        feed.live, by_ordinal=feed.by_ordinal, tape=feed.tape,
+        bus, feed.name, owner, settings.tapeline.partitions, settings.ingest, stop,
+        feed.live, by_ordinal=feed.by_ordinal, tape=feed.tape, account=account,
     )  # fmt: skip
     try:
         _follow(out, feed, stop, settings.tapeline.partitions)
@@ -189,16 +204,23 @@ def serve(settings: Settings, stop: threading.Event, feed: Feed) -> None:
         out.connection("failed", str(error))
         raise
     finally:
+        if account is not None:
+            account.close()
         out.close()
         bus.close()
 
 
 def _follow(out: PublisherOutput, feed: Feed, stop: threading.Event, partitions: int) -> None:
     source = feed.make(out)
+    keeper = Keeper(source, out, out.account, stop) if out.account is not None else None
     wait = 0.1
     while not stop.is_set():
         try:
             out.bus.deploy(partitions)
+            if keeper is not None:
+                if keeper.run():
+                    return
+                continue
             source.run(out, out.attach(), stop)
             out.flush()
             return

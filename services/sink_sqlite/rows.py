@@ -12,10 +12,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.batches import Batch, Chunk, DeadLetter, Joined, dead_row, iso_texts, join, newest
+from shared.batches import (
+    Batch,
+    Chunk,
+    DeadLetter,
+    Joined,
+    MessageRow,
+    Source,
+    dead_row,
+    iso_texts,
+    join,
+    newest,
+)  # fmt: skip
 from shared.frames import iso
+from shared.message_records import message_records
 from shared.messages import Gap
-from shared.tables import INSTANTS, TABLES, UNDEFINED, Table
+from shared.tables import INSTANTS, MESSAGE_TABLES, TABLES, UNDEFINED, Column, MessageTable, Table
 from shared.tick_records import SIDES, Records, records
 from shared.timeframes import name_of
 
@@ -32,7 +44,7 @@ Values = tuple[Any, ...]
 
 @dataclass(slots=True)
 class Bound:
-    """Rows ready to bind, column by column; `origin[i]` is row i's place in the joined chunks, `group[i]` its key.
+    """Rows ready to bind, column by column; `origin[i]` is row i's place among those read, `group[i]` its key.
 
     As columns, because rows made one by one while SQLite takes them stay out of the garbage
     collector's way, which a list of tuples does not (a third of the conversion's time).
@@ -57,25 +69,25 @@ class Bound:
 @dataclass(slots=True)
 class Prepared:
     """What goes into one table. `spare` rows are superseded by one of `rows`: should the store refuse
-    that one, they are next."""
+    that one, they are next. What was read at place i is row `row[i]` of the frame of `sources[chunk[i]]`."""
 
     table: str
     names: tuple[str, ...]
     rows: Bound
     spare: Bound
-    chunks: list[Chunk]
+    sources: list[Source]
     chunk: NDArray[np.int64]
     row: NDArray[np.int64]
 
     def dead(self, rows: Bound, i: int, reason: str) -> DeadLetter:
         """The dead letter of a refused row."""
         at = int(rows.origin[i])
-        source = self.chunks[int(self.chunk[at])].source
+        source = self.sources[int(self.chunk[at])]
         return dead_row(source, self.table, int(self.row[at]), reason, zip(self.names, rows.row(i), strict=True))
 
 
 def prepare(batch: Batch) -> tuple[list[Prepared], list[DeadLetter]]:
-    """All tables of a batch whose rows come packed, and the rows that were no rows."""
+    """All tables of a batch but gaps, and the rows that were no rows."""
     made: list[Prepared] = []
     dead: list[DeadLetter] = []
     for kind, chunks in batch.candles.items():
@@ -91,6 +103,8 @@ def prepare(batch: Batch) -> tuple[list[Prepared], list[DeadLetter]]:
         found, unsound = records(batch.ticks)
         made += [_ticks(some, batch.ticks) for some in found]
         dead += unsound
+    for tables in MESSAGE_TABLES.values():
+        made += [_messages(table, batch.messages[table.name]) for table in tables if table.name in batch.messages]
     return made, dead
 
 
@@ -106,7 +120,7 @@ def _candles(joined: Joined, chunks: list[Chunk], table: Table) -> Prepared:
         rows, spare = (
             Bound(_candle_columns(joined, order[part], table), order[part], group[part]) for part in (last, ~last)
         )
-    return Prepared(table.name, table.columns, rows, spare, chunks, joined.chunk, joined.row)
+    return Prepared(table.name, table.columns, rows, spare, [c.source for c in chunks], joined.chunk, joined.row)
 
 
 def _candle_columns(joined: Joined, index: NDArray[np.int64] | None, table: Table) -> list[list[Any]]:
@@ -185,7 +199,27 @@ def _all(
 ) -> Prepared:
     """Every row, none superseded."""
     every = np.arange(len(row))
-    return Prepared(table, names, Bound(columns, every, every), Bound([], every[:0], every[:0]), chunks, chunk, row)
+    sources = [c.source for c in chunks]
+    return Prepared(table, names, Bound(columns, every, every), Bound([], every[:0], every[:0]), sources, chunk, row)
+
+
+def _messages(table: MessageTable, read: list[MessageRow]) -> Prepared:
+    """Rows of a message table, one per key."""
+    made = message_records(table, read)
+    columns = [_message_column(column, made.columns[column.name]) for column in table.columns]
+    every = np.arange(len(read))
+    rows = Bound(columns, every, np.asarray(made.group, np.int64))
+    numbers = np.asarray([row.row for row in read], np.int64)
+    best, spare = rows.only(made.best), rows.only(made.spare)
+    return Prepared(table.name, table.names, best, spare, [row.source for row in read], every, numbers)
+
+
+def _message_column(column: Column, values: list[Any]) -> list[Any]:
+    if column.sort == "time":
+        return iso_texts(np.asarray(values, np.int64), column.unit)
+    if column.sort == "json":
+        return [_json.encode(value).decode() for value in values]
+    return values
 
 
 def gap(message: Gap) -> Values:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from services.sink_sqlite.rows import GAP_COLUMNS, LATE_COLUMNS
 from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
-from shared.tables import HISTORY_COLUMNS, PLACE_COLUMNS, TABLES, TICK_TABLES, Table
+from shared.tables import HISTORY_COLUMNS, MESSAGE_TABLES, PLACE_COLUMNS, TABLES, TICK_TABLES, MessageTable, Table
 from shared.timeframes import UNITS
 
-UNCOMPARED = frozenset((*FEATURE_COLUMNS, *STATE_COLUMNS, "revision", "timestamp_out", "latency_ms"))
+_MESSAGES = [table for tables in MESSAGE_TABLES.values() for table in tables]
+_PROCESSING = frozenset(("revision", "timestamp_out", "latency_ms"))
 
 
 def _upsert(table: str, columns: Sequence[str], key: Sequence[str], where: str = "") -> str:
@@ -23,36 +24,54 @@ def _insert(table: str, columns: Sequence[str], key: Sequence[str]) -> str:
     return f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT ({', '.join(key)}) DO UPDATE"  # noqa: S608
 
 
-def _mend(table: Table) -> str:
-    """See Batch.mend: the same again changes nothing, not even a revision.
-
-    Features and states, which a tape that begins later knows less of, are no reason to write, and a part
-    of an incomplete candle does not replace more of it.
-    """
-    name = table.name
+def _mend_candles(table: Table) -> str:
+    """Features and states, which a tape that begins later knows less of, are no reason to write."""
     values = {
-        c: f"coalesce(excluded.{c}, {name}.{c})" if c in HISTORY_COLUMNS else f"excluded.{c}"
+        c: f"coalesce(excluded.{c}, {table.name}.{c})" if c in HISTORY_COLUMNS else f"excluded.{c}"
         for c in table.columns
         if c not in table.key
     }
-    differs = " OR ".join(f"{value} IS NOT {name}.{c}" for c, value in values.items() if c not in UNCOMPARED)
-    values["revision"] = f"max(excluded.revision, {name}.revision + 1)"
+    uncompared = _PROCESSING | {*FEATURE_COLUMNS, *STATE_COLUMNS}
+    return _mend(table.name, table.columns, table.key, values, uncompared, "trades")
+
+
+def _mend_messages(table: MessageTable) -> str:
+    values = {c: f"excluded.{c}" for c in table.names if c not in table.key}
+    trades = "total_trades" if "total_trades" in table.names else ""
+    return _mend(table.name, table.names, table.key, values, _PROCESSING, trades)
+
+
+def _mend(
+    name: str,
+    columns: Sequence[str],
+    key: Sequence[str],
+    values: dict[str, str],
+    uncompared: frozenset[str],
+    trades: str,
+) -> str:
+    """See Batch.mend: the same again changes nothing, not even a revision.
+
+    A part of an incomplete row does not replace more of it; `trades` is the column that tells, if there is one.
+    """
+    differs = " OR ".join(f"{value} IS NOT {name}.{c}" for c, value in values.items() if c not in uncompared)
+    values = values | {"revision": f"max(excluded.revision, {name}.revision + 1)"}
     sets = ", ".join(f"{c} = {value}" for c, value in values.items())
-    return (
-        f"{_insert(name, table.columns, table.key)} SET {sets} "
-        f"WHERE excluded.complete >= {name}.complete AND (excluded.complete OR excluded.trades >= {name}.trades) "
-        f"AND ({differs})"
-    )
+    more = f"AND (excluded.complete OR excluded.{trades} >= {name}.{trades}) " if trades else ""
+    return f"{_insert(name, columns, key)} SET {sets} WHERE excluded.complete >= {name}.complete {more}AND ({differs})"
 
 
-# Table -> statement; candles of a mending batch have their own.
+# Table -> statement; what a mending batch may replace has its own.
 WRITE = {
     **{t.name: _upsert(t.name, t.columns, t.key, f"WHERE excluded.revision >= {t.name}.revision")
        for t in TABLES.values()},
     **{t.name: _upsert(t.name, t.columns, PLACE_COLUMNS) for t in TICK_TABLES.values()},
+    **{t.name: _upsert(t.name, t.names, t.key, f"WHERE excluded.{t.order} >= {t.name}.{t.order}") for t in _MESSAGES},
     "late_trades": _upsert("late_trades", LATE_COLUMNS, LATE_COLUMNS[:4]),
 }  # fmt: skip
-MEND = {t.name: _mend(t) for t in TABLES.values()}
+MEND = {
+    **{t.name: _mend_candles(t) for t in TABLES.values()},
+    **{t.name: _mend_messages(t) for t in _MESSAGES if t.order == "revision"},
+}
 GAPS = _upsert("gaps", GAP_COLUMNS, ("feed", "start_ns", "end_ns", "symbols"))
 CURSORS = _upsert("sink_cursors", ("bus", "topic", "partition", "seq", "stream_id"), ("bus", "topic", "partition"))
 DEAD = """INSERT INTO dead_letters (at, bus, topic, partition, seq, stream_id, table_name, row_number, reason, row)
@@ -75,5 +94,6 @@ FORGET_TICKS = [
     f"DELETE FROM {t.name} WHERE bus = ? AND partition = ? AND (entry_ms, entry_seq) > (?, ?)"  # noqa: S608
     for t in TICK_TABLES.values()
 ]
-FORGET_DEAD_TICKS = """DELETE FROM dead_letters WHERE bus = ? AND partition = ? AND topic = 'ticks' AND
-    (CAST(stream_id AS INTEGER), CAST(substr(stream_id, instr(stream_id, '-') + 1) AS INTEGER)) > (?, ?)"""
+FORGET_DEAD_BEHIND = """DELETE FROM dead_letters WHERE bus = ? AND partition = ? AND
+    (CAST(stream_id AS INTEGER), CAST(substr(stream_id, instr(stream_id, '-') + 1) AS INTEGER)) > (?, ?)
+    AND topic = ?"""

@@ -25,7 +25,7 @@ from services.sink_sqlite.statements import (
     CURSORS,
     DEAD,
     FORGET_DEAD,
-    FORGET_DEAD_TICKS,
+    FORGET_DEAD_BEHIND,
     FORGET_LATE,
     FORGET_TICKS,
     GAPS,
@@ -35,6 +35,7 @@ from services.sink_sqlite.statements import (
 from shared import faults
 from shared.batches import Batch, Cursor, CursorKey, DeadLetter, iso_texts
 from shared.errors import ConfigError, StoreUnavailable, TapelineError
+from shared.stages import PRODUCER
 from shared.tables import TABLES
 
 log = logging.getLogger(__name__)
@@ -196,10 +197,11 @@ def _code(error: sqlite3.Error) -> int | None:
 def _forget(connection: sqlite3.Connection, batch: Batch) -> None:
     """Rows that have no key of their own but their place on the bus, from a tail that Redis has lost."""
     for source, after in batch.rewinds:
-        if source.topic == "ticks":
+        if source.topic not in PRODUCER:
             behind = (source.bus, source.partition, *map(int, after.split("-")))
-            for sql in (*FORGET_TICKS, FORGET_DEAD_TICKS):
+            for sql in FORGET_TICKS if source.topic == "ticks" else ():
                 connection.execute(sql, behind)
+            connection.execute(FORGET_DEAD_BEHIND, (*behind, source.topic))
             continue
         place = (source.bus, source.partition, source.seq)
         if source.topic == "late":

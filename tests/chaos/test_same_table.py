@@ -27,20 +27,25 @@ from tests.wait import until
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 # When a row was made, and where it stood on that run's bus.
-OF_THE_RUN = frozenset(("timestamp_out", "latency_ms", "bus", "bus_seq", "row", "entry_ms", "entry_seq", "id"))
+OF_THE_RUN = frozenset(
+    ("timestamp_out", "created_at", "latency_ms", "bus", "bus_seq", "row", "entry_ms", "entry_seq", "id")
+)
 CRYPTO = {"TAPELINE_SINK_MODES": "candles,ticks"}
 Tables = dict[str, list[str]]
 
 
-def tables(db: Path) -> Tables:
-    """Every table of rows as sorted texts, which tell each bit of a number and keep rows that are there twice."""
+def tables(db: Path, but: frozenset[str] = OF_THE_RUN) -> Tables:
+    """Every table of rows as sorted texts, which tell each bit of a number and keep rows that are there twice.
+
+    Without the columns of `but`.
+    """
     found: Tables = {}
     with closing(sqlite3.connect(db)) as connection:
         for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
             if name in ("schema_version", "sink_cursors"):
                 continue
             cursor = connection.execute(f"SELECT * FROM {name}")
-            keep = [i for i, column in enumerate(cursor.description) if column[0] not in OF_THE_RUN]
+            keep = [i for i, column in enumerate(cursor.description) if column[0] not in but]
             found[name] = sorted(repr(tuple(row[i] for i in keep)) for row in cursor)
     return found
 
@@ -131,9 +136,12 @@ def workers(cwd: Path, service: str) -> list[Any]:
     return [p for p in below(cwd) if f"run {service}" in " ".join(p.cmdline())]
 
 
-def begin(cwd: Path, tape: Path, speed: str, aggregators: int, **more: str) -> subprocess.Popen[str]:
+def begin(
+    cwd: Path, tapes: Path | tuple[Path, ...], speed: str, aggregators: int, **more: str
+) -> subprocess.Popen[str]:
+    files = [str(tape) for tape in (tapes if isinstance(tapes, tuple) else (tapes,))]
     line = [
-        sys.executable, "-P", "-m", "shared.cli", "replay", str(tape), "--store", "sqlite:///x.db", "--json",
+        sys.executable, "-P", "-m", "shared.cli", "replay", *files, "--store", "sqlite:///x.db", "--json",
         "--speed", speed, "--aggregators", str(aggregators),
     ]  # fmt: skip
     env = environ(cwd, TMPDIR=str(cwd), TAPELINE_REDIS_LEASE_SECONDS="1", **more)

@@ -14,6 +14,8 @@ import msgspec
 import pytest
 
 from services.aggregate.worker import run as run_aggregate
+from services.pressure.worker import run as run_pressure
+from services.signals.worker import run as run_signals
 from services.ingest.synthetic import generate as generate_file
 from services.ingest.worker import run_databento, run_files
 from services.sink_sqlite.worker import run as run_sink
@@ -46,7 +48,7 @@ def configured(bus: Bus, db: Path, gateway: Gateway | None = None, **databento: 
 
 @contextmanager
 def pipeline(settings: Settings, ingest: Any, *args: str) -> Iterator[threading.Event]:
-    """Ingest, aggregate and sink in threads of this process; what one raises fails the test."""
+    """Ingest, the stages and the sink in threads of this process; what one raises fails the test."""
     stop, errors = threading.Event(), []
 
     def guarded(service: Any, given: tuple[str, ...]) -> None:
@@ -55,7 +57,7 @@ def pipeline(settings: Settings, ingest: Any, *args: str) -> Iterator[threading.
         except Exception as error:
             errors.append(error)
 
-    services = [(ingest, args), (run_aggregate, ()), (run_sink, ())]
+    services = [(ingest, args), (run_aggregate, ()), (run_pressure, ()), (run_signals, ()), (run_sink, ())]
     threads = [threading.Thread(target=guarded, args=pair, daemon=True) for pair in services]
     for thread in threads:
         thread.start()

@@ -89,7 +89,9 @@ def test_memory_stays_flat_over_ten_million_trades() -> None:
         try:
             for p in range(PARTITIONS):  # nothing is trimmed before the consumers have come
                 bus.register(p, "ticks", "aggregate")
-            with processes(folder, server.url, "aggregate", "sink-sqlite", f"ingest-files {files}") as running:
+                bus.register(p, "ticks", "pressure")
+            services = ("aggregate", "pressure", "signals", "sink-sqlite", f"ingest-files {files}")
+            with processes(folder, server.url, *services) as running:
                 deadline = time.monotonic() + 300
                 while not ended(bus):
                     done = records(bus)

@@ -99,7 +99,7 @@ def test_rows_arrive_and_ctrl_c_leaves_nothing(up: Up, tmp_path: Path) -> None:
     up.grows()
     said = up.out.read_text()
     assert "append-only" in said.splitlines()[0]
-    for worker in ("redis", "ingest-synthetic", "aggregate", "sink-sqlite"):
+    for worker in ("redis", "ingest-synthetic", "aggregate", "pressure", "signals", "sink-sqlite"):
         assert f"{worker}: log " in said
     second = tapeline("up", cwd=tmp_path, TAPELINE_STATE_DIR=str(tmp_path / "state"), TAPELINE_REDIS_PORT="0")
     assert second.returncode == 78
@@ -113,7 +113,9 @@ def test_rows_arrive_and_ctrl_c_leaves_nothing(up: Up, tmp_path: Path) -> None:
     assert json.loads(seen.stdout)["ticker"]
     found = up.status()
     assert found["feeds"]
-    assert {c["name"] for s in found["streams"] for c in s["consumers"] if s["topic"] == "ticks"} == {"aggregate"}
+    assert {c["name"] for s in found["streams"] for c in s["consumers"] if s["topic"] == "ticks"} == {
+        "aggregate", "pressure"
+    }
     assert up.stop(signal.SIGINT) < 10
     nothing_left(tmp_path)
 
@@ -130,7 +132,7 @@ def test_sigterm_stops_it_and_a_second_up_goes_on_where_it_was(up: Up, tmp_path:
     nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("victim", ["ingest-synthetic", "aggregate", "sink-sqlite"])
+@pytest.mark.parametrize("victim", ["ingest-synthetic", "aggregate", "pressure", "signals", "sink-sqlite"])
 def test_a_killed_worker_is_started_again(up: Up, victim: str) -> None:
     up.grows()
     pid = up.worker(victim)

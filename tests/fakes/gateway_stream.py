@@ -59,6 +59,7 @@ class Session:
     live: bool = False
     over: bool = False
     sent: int = 0  # trade records
+    records_bytes: int = 0  # of all records
 
     def start_of(self, schema: str) -> int | None:
         return next((s.start for s in self.subscriptions if s.schema == schema), None)
@@ -83,6 +84,7 @@ class Stream:
         with gateway.cond:
             now = gateway.now_ns
         self.send(self._metadata(now))
+        session.records_bytes = 0
         trades = [s for s in session.subscriptions if s.schema == "tbbo"]
         wanted = self._names(now)
         start = next((s.start for s in trades), None)
@@ -233,6 +235,7 @@ class Stream:
     def send(self, data: bytes | memoryview) -> None:
         if data:
             self.connection.sendall(data)
+            self.session.records_bytes += len(data)
             self.quiet_since = time.monotonic()
 
     def _system(self, now: int, text: str, code: Any) -> bytes:

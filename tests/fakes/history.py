@@ -1,4 +1,4 @@
-"""Databento Historical for tests: the three endpoints that a backfill needs, as the real client calls them.
+"""Databento Historical for tests: the endpoints that backfills and downloads need, as the real client calls them.
 
 A request that is not as the client sends it (method, path, form, authorization) is answered with the
 vendor's kind of error and remembered in `complaints`. Data is cut by time of receipt, as there.
@@ -31,11 +31,13 @@ from tests.services.ingest.dbn import DAY, day_of, header
 FORM = "application/x-www-form-urlencoded"
 FIELDS = {
     "metadata.get_cost": {"dataset", "start", "end", "symbols", "schema", "stype_in", "stype_out"},
+    "metadata.get_billable_size": {"dataset", "start", "end", "symbols", "schema", "stype_in", "stype_out"},
     "timeseries.get_range": {
         "dataset", "start", "end", "symbols", "schema", "stype_in", "stype_out", "encoding", "compression",
     },
     "symbology.resolve": {"dataset", "symbols", "stype_in", "stype_out", "start_date", "end_date"},
 }  # fmt: skip
+SCHEMAS = ("tbbo", "definition")
 Request = tuple[str, dict[str, str]]
 
 
@@ -111,10 +113,13 @@ class History:
         if endpoint == "metadata.get_cost":
             self._listings(form)
             return json.dumps(self.cost).encode()
+        if endpoint == "metadata.get_billable_size":
+            return json.dumps(len(self._body(form, self._listings(form)))).encode()
         return self._resolve(form) if endpoint == "symbology.resolve" else self._range(form, kind == "damaged")
 
     def _listings(self, form: dict[str, str]) -> list[Listing]:
-        if form["dataset"] != self.tape.dataset or form["schema"] != "tbbo" or form["stype_out"] != "instrument_id":
+        known = form["dataset"] == self.tape.dataset and form["schema"] in SCHEMAS
+        if not known or form["stype_out"] != "instrument_id":
             raise Refused(422, "data_schema_not_supported", f"no {form['schema']} of {form['dataset']}")
         if int(form["start"]) >= int(form["end"]):
             raise Refused(422, "data_time_range_start_on_or_after_end", "start is not before end")
@@ -135,6 +140,13 @@ class History:
         chosen["instrument_id"] += (self._shift * (chosen["ts_recv"] // DAY - self._first_day)).astype(np.uint32)
         return chosen
 
+    def _body(self, form: dict[str, str], listings: list[Listing]) -> bytes:
+        start, end = int(form["start"]), int(form["end"])
+        if form["schema"] == "tbbo":
+            return self._records(listings, start, end).tobytes()
+        days = range(-(-start // DAY), (end - 1) // DAY + 1)  # all of a day stand at its begin
+        return b"".join(bytes(i.definition(day * DAY)) for day in days for i in listings if i.defined)
+
     def _range(self, form: dict[str, str], damaged: bool) -> bytes:
         listings, start, end = self._listings(form), int(form["start"]), int(form["end"])
         if (form["encoding"], form["compression"]) != ("dbn", "zstd"):
@@ -146,8 +158,9 @@ class History:
             for n, listing in enumerate(listings)
             for day in range(start // DAY, (end - 1) // DAY + 1)
         ]  # fmt: skip
-        head = header(start, end, rows, stype_in=dbn.SType.from_str(form["stype_in"]), dataset=self.tape.dataset)
-        body = self._records(listings, start, end).tobytes()
+        stype = dbn.SType.from_str(form["stype_in"])
+        head = header(start, end, rows, form["schema"], stype_in=stype, dataset=self.tape.dataset)
+        body = self._body(form, listings)
         return zstandard.compress(head + (body[:-41] if damaged else body))
 
     def _resolve(self, form: dict[str, str]) -> bytes:

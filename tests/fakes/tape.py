@@ -32,6 +32,7 @@ class Listing:
     expiration_ns: int = START + 80 * 86_400 * NS
     defined: bool = True
     price: float = 4800.0
+    strike: float | None = None
 
     @property
     def parent(self) -> str:
@@ -39,6 +40,7 @@ class Listing:
 
     def definition(self, at_ns: int) -> Any:
         """InstrumentDefMsg as captured at `at_ns`."""
+        option = {} if self.strike is None else {"strike_price": int(self.strike * NS), "underlying": "ESH4"}
         return dbn.InstrumentDefMsg(
             publisher_id=1,
             instrument_id=self.native,
@@ -53,6 +55,7 @@ class Listing:
             security_update_action=dbn.SecurityUpdateAction("A"),
             expiration=self.expiration_ns,
             unit_of_measure_qty=50 * NS,
+            **option,
         )
 
 

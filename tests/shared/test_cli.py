@@ -43,7 +43,7 @@ def test_every_command_is_there() -> None:
     top = {path[0] for path, _ in ALL}
     assert top == {
         "up", "run", "replay", "backfill", "generate", "tail", "watch", "status", "streams", "config",
-        "doctor", "warm", "demo",
+        "doctor", "warm", "demo", "instruments",
     }  # fmt: skip
     assert {"streams list", "streams info", "streams trim", "streams drop-consumer", "config show", "config check"} <= {
         " ".join(path) for path, _ in ALL

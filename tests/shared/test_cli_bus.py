@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from shared.frames import (
 )  # fmt: skip
 from shared.heartbeat import Beat, beat
 from shared.instruments import feed_id, instrument_id
+from shared.keys import TOPICS
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
+from shared.tail import Tail
+from tests.services.sink_sqlite import tape
 from tests.shared.test_cli import tapeline
 
 T0 = 1_703_545_200 * NS  # 2023-12-25T23:00:00Z
@@ -319,6 +323,80 @@ def publish_candles(bus: Bus, partition: int, *frames: Frame) -> None:
     bus.release(partition, "aggregate", token)
 
 
+@pytest.fixture
+def options(bus: Bus) -> Bus:
+    """Pressure, signals and usage, with what cannot be read among them."""
+    bus.deploy(4)
+    crypto = tape.pressure(1, underlying="deribit:BTC", dominant_side="SELL", ask_volume=0.25, complete=True)
+    stage = tape.Stage(bus, 1, "pressure")
+    stage.put(
+        tape.said(tape.pressure(0, ask_volume=30.0, bid_volume=2.0, log_ratio=2.501, confidence=0.875, revision=1)),
+        Frame("unreadable", 1, 0, 0, "", b"why\n"), Frame("pressure", 1, 0, 0, "x", b"[{\xff"), topic="pressure",
+    )  # fmt: skip
+    stage.put(tape.said(crypto), tape.said(tape.rollup(0, call_volume=100.0, put_volume=50.0, net_premium=-1250.0)))
+    rejected = tape.signal(3, status="rejected", reason="a straddle by a market maker", direction="SELL", score=0.1)
+    plugin = tape.signal(0, option_type="", types=(), signal_type="my_own", components=None, source="mine")
+    tape.Stage(bus, 2, "signals").put(tape.said(tape.signal(0), rejected), tape.said(plugin))
+    feed = tape.Feed(bus, "usage-databento", 3, topic="usage")
+    feed.put(tape.said(tape.usage(0), tape.usage(1, state="stopped", day_cost_usd=20.5)))
+    return bus
+
+
+def test_tail_of_pressure_signals_and_usage_a_line_each(options: Bus, tmp_path: Path) -> None:
+    told = {topic: run(options, tmp_path, "tail", topic, "--no-follow") for topic in ("pressure", "signals", "usage")}
+    assert told["pressure"].splitlines() == [
+        "2023-12-25T23:00:00Z  NQ     2024-03-29 17000.5 C  BUY     ask 30 bid 2  log ratio 2.501  confidence 0.875  "
+        "n 20  incomplete  revision 1",
+        "2023-12-25T23:00:00Z  deribit:BTC 2024-03-29 17000.5 P  SELL    ask 0.25 bid 9.75  log ratio 14.75  "
+        "confidence 0.1  n 21",
+        "2023-12-25T23:00:00Z  NQ     all of 4 strikes  calls 100  puts 50  put/call 0.5  net premium -1250  n 90",
+    ]
+    assert told["signals"].splitlines() == [
+        "2023-12-25T23:00:00Z  NQ     2024-03-29 17000.5 C  BUY  HIGH      0.75  block, sweep",
+        "2023-12-25T23:00:00Z  NQ     2024-03-29 17050.5 P  SELL HIGH      0.1  block, sweep  "
+        "rejected (a straddle by a market maker)",
+        "2023-12-25T23:00:00Z  NQ     all strikes  BUY  HIGH      0.75  my_own",
+    ]
+    assert told["usage"].splitlines() == [
+        "2023-12-25T23:01:00Z  databento  10 events  800 bytes  0.02 USD  day 0.02 of 25 USD",
+        "2023-12-25T23:02:00Z  databento  11 events  801 bytes  0.02 USD  day 20.5 of 25 USD  stopped",
+    ]
+
+
+def test_tail_of_options_as_whole_records(options: Bus, tmp_path: Path) -> None:
+    """Every field, those at their default, too."""
+    found = lines(run(options, tmp_path, "tail", "pressure", "--no-follow", "--json"))
+    assert [r["type"] for r in found] == ["pressure", "pressure", "pressure_rollup"]
+    assert set(tape.Pressure.__struct_fields__) <= set(found[0])
+    assert (found[0]["time"], found[0]["expiration"], found[0]["timestamp_out"], found[1]["pressure_ratio"]) == (
+        "2023-12-25T23:00:00.000000000Z", "2024-03-29T08:00:00.000000000Z", "2023-12-25T23:05:00.002500000Z", None,
+    )  # fmt: skip
+    assert (found[1]["revision"], found[1]["complete"], found[2]["top_strikes"][0]["strike"]) == (0, True, 17000.5)
+    signal = lines(run(options, tmp_path, "tail", "signals", "--no-follow", "--json"))[0]
+    assert set(tape.Signal.__struct_fields__) <= set(signal)
+    assert set(signal["components"]) == set(tape.Components.__struct_fields__)
+    assert (signal["status"], signal["types"], signal["source"]) == ("emitted", ["block", "sweep"], "tapeline")
+    spent = lines(run(options, tmp_path, "tail", "usage", "--no-follow", "--json"))[0]
+    assert set(spent) == {"type", "time", *tape.Usage.__struct_fields__}
+
+
+@pytest.mark.parametrize(
+    ("topic", "symbol", "underlyings"),
+    [
+        ("pressure", "nq", ["NQ", "NQ"]),
+        ("pressure", "BTC", ["deribit:BTC"]),
+        ("pressure", "deribit:BTC", ["deribit:BTC"]),
+        ("pressure", "ES", []),
+        ("signals", "NQ", ["NQ"] * 3),
+        ("signals", "BTC", []),
+        ("usage", "NQ", []),
+    ],
+)
+def test_tail_of_one_underlying(options: Bus, topic: str, symbol: str, underlyings: list[str]) -> None:
+    found = Tail(options, 4, topic, symbol).records("0-0", False, threading.Event())
+    assert [r["underlying"] for r in found] == underlyings
+
+
 def test_tail_from_an_instant(filled: Bus, tmp_path: Path) -> None:
     assert run(filled, tmp_path, "tail", "ticks", "--no-follow", "--from", "2099-01-01T00:00:00Z") == ""
     assert run(filled, tmp_path, "tail", "ticks", "--no-follow", "--from", "2020-01-01") != ""
@@ -342,7 +420,7 @@ def test_streams_list_info_trim_and_drop(filled: Bus, tmp_path: Path) -> None:
     listed = json.loads(run(filled, tmp_path, "streams", "list", "--json"))
     assert {(s["topic"], s["partition"]) for s in listed} == {("ticks", 1), ("ticks", 2), ("candles", 1), ("late", 1)}
     assert "sink-sqlite: at 0-0, 2 records" in run(filled, tmp_path, "streams", "info", "candles", "1")
-    assert set(json.loads(run(filled, tmp_path, "streams", "trim", "--json"))) == {"ticks", "candles", "late"}
+    assert tuple(json.loads(run(filled, tmp_path, "streams", "trim", "--json"))) == TOPICS
     dropped = json.loads(run(filled, tmp_path, "streams", "drop-consumer", "sink-sqlite", "--yes", "--json"))
     assert dropped == {"consumer": "sink-sqlite", "streams": 1}
     again = tapeline("streams", "drop-consumer", "sink-sqlite", "--yes", cwd=tmp_path, REDIS_URL=filled.url,

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from shared.instruments import instrument_id, is_spread, parse_outright, partition_of
+from shared.instruments import instrument_id, is_spread, option_root, option_series, parse_outright, partition_of
+from shared.settings import Databento
 from shared.sides import lee_ready
 
 
@@ -61,3 +62,27 @@ def test_ids_are_the_same_everywhere() -> None:
 )  # fmt: skip
 def test_lee_ready(price: float, bid: float, ask: float, reference: float, side: int) -> None:
     assert lee_ready(float(price), float(bid), float(ask), float(reference)) == side
+
+
+@pytest.mark.parametrize(
+    ("symbol", "series"),
+    [
+        ("ESM4 P5230", "ESM4"), ("Q1AZ6 C20000", "Q1AZ6"), ("6EZ6 C1.075", "6EZ6"), ("OZNM4 C1105", "OZNM4"),
+        ("AAPL  240621C00190000", "AAPL"), ("BRK.B 240621P00190000", "BRK.B"), ("SPXW240621C05200000", "SPXW"),
+        ("ESM4", None), ("ESM4-ESU4", None), ("UD:1V: VT 2405", None), ("BRN FMJ0024!", None), ("ESM4 X5230", None),
+        ("BTC-28JUN24-70000-C", None), ("", None),
+    ],
+)  # fmt: skip
+def test_series_of_options(symbol: str, series: str | None) -> None:
+    assert option_series(symbol) == series
+
+
+def test_weeklies_join_their_underlying_by_the_default_settings() -> None:
+    roots = Databento().option_roots
+    weeklies = {
+        "ES": ("E1A", "E5D", "E3E", "EW", "EW1", "EW4"), "NQ": ("Q1A", "Q4D", "Q2E", "QN1", "QNE"),
+        "LO": ("LO",), "EUU": ("EUU",),
+    }  # fmt: skip
+    for root, names in weeklies.items():
+        assert {option_root(name, roots) for name in names} == {root}
+    assert option_root("Q1A", None) == "Q1A"

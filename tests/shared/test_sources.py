@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -52,10 +53,14 @@ def test_a_replay_through_the_server() -> None:
     assert (spec.start, spec.end) == (datetime(2024, 6, 1, 12, tzinfo=UTC), datetime(2024, 6, 1, 13, 30, tzinfo=UTC))
 
 
-def test_databento_is_understood_but_must_be_downloaded() -> None:
+def test_databento_is_bought_first() -> None:
     spec = parse("databento://GLBX.MDP3?schema=tbbo&symbols=ES.FUT&from=2024-01-02&to=2024-01-03")
     assert (spec.kind, spec.venue, spec.symbols, spec.types) == ("databento", "GLBX.MDP3", ("ES.FUT",), ("tbbo",))
-    with pytest.raises(ConfigError, match=r"download it as a \.dbn file"):
+    same = parse("databento://GLBX.MDP3?symbols=ES.FUT&start=2024-01-02&end=2024-01-03&stype=parent")
+    assert replace(same, text=spec.text) == spec
+    single = parse("databento://GLBX.MDP3?symbols=ESH4,ESM4&start=2024-01-02T14:30:00Z&end=2024-01-02T15:00:00Z")
+    assert (single.stype, single.start) == ("raw_symbol", datetime(2024, 1, 2, 14, 30, tzinfo=UTC))
+    with pytest.raises(ConfigError, match="give it to `tapeline replay` or `tapeline backfill`"):
         programs([spec])
 
 
@@ -93,6 +98,12 @@ def test_synthetic_must_be_generated() -> None:
             "databento://GLBX.MDP3?schema=mbp-10&symbols=ES.FUT&from=2024-01-02&to=2024-01-03",
             "schema is tbbo or trades",
         ),
+        ("databento://GLBX.MDP3?symbols=ES.FUT&start=2024-01-02", "says no end="),
+        ("databento://GLBX.MDP3?symbols=ES.FUT&from=2024-01-02&end=2024-01-03", "unknown key 'end'"),
+        ("databento://GLBX.MDP3?symbols=ES.FUT&start=2024-01-02&end=2024-01-01", "`end` .exclusive. must be later"),
+        ("databento://GLBX.MDP3?symbols=,&start=2024-01-02&end=2024-01-03", "name at least one of symbols"),
+        ("databento://GLBX.MDP3?symbols=ES.FUT,ESH4&start=2024-01-02&end=2024-01-03", "in sources of their own"),
+        ("databento://GLBX.MDP3?symbols=ES.c.0&start=2024-01-02&end=2024-01-03&stype=continuous", "not 'continuous'"),
     ],
 )
 def test_what_is_no_source_says_why(tmp_path: Path, text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,11 @@ def test_what_up_runs_follows_the_settings() -> None:
     def names(**environ: str) -> list[str]:
         return [w for p in programs(load(environ=environ)) for w in p.workers()]
 
-    assert names() == ["redis", "ingest-synthetic", "aggregate", "sink-sqlite"]
+    assert names() == ["redis", "ingest-synthetic", "aggregate", "pressure", "signals", "sink-sqlite"]
+    assert "alerts" in names(TAPELINE_ALERTS_CHANNELS="ops=https://example.org/hook")
+    assert "signals" not in names(TAPELINE_PRESSURE_WORKERS="0")
+    assert names(TAPELINE_PRESSURE_WORKERS="2", TAPELINE_SIGNALS_WORKERS="0")[3:5] == ["pressure-1", "pressure-2"]
+    assert names(TAPELINE_SINK_MODES="ticks")[1:] == ["ingest-synthetic", "sink-sqlite"]
     assert "redis" not in names(REDIS_URL="redis://elsewhere:6379/0")
     assert names(TAPELINE_AGGREGATE_WORKERS="3")[2:5] == ["aggregate-1", "aggregate-2", "aggregate-3"]
     assert "sink-sqlite" not in names(TAPELINE_STORE="postgresql://h/db")

@@ -10,12 +10,15 @@ import pytest
 
 from services.ingest.databento_live import DatabentoLive
 from shared.errors import ConfigError
+from shared.instruments import partition_of
 from shared.messages import Clock, Disconnect, Gap, Instrument
 from shared.settings import Databento
 from tests.fakes.gateway import Gateway
-from tests.fakes.tape import NS, START, Tape, from_dbn, generate
+from tests.fakes.tape import LISTINGS, NS, START, Listing, Tape, from_dbn, generate
 from tests.services.ingest.collect import Collect, Running
 from tests.services.ingest.live import (
+    PARTITIONS,
+    SYMBOLS,
     assert_whole,
     connected,
     expected,
@@ -63,6 +66,34 @@ def test_instruments_come_from_definitions_and_before_their_trades(tape: Tape) -
     assert out.store.counts["spread"] == spreads > 0
     definitions = sum(len(bytes(i.definition(0))) for i in tape.listings)
     assert out.store.counts["usage_bytes"] > tape.records.nbytes + definitions
+
+
+WEEKLIES = (
+    *LISTINGS, Listing(51001, "Q1AH4 C17000", "Q1A", kind="C", price=300.0),
+    Listing(51002, "ESH4 P4700", "ES", kind="P", price=20.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("defined", [True, False])
+def test_options_are_defined_before_their_trades_and_stand_with_their_futures(defined: bool) -> None:
+    tape = generate(seconds=5, listings=WEEKLIES)
+    symbols = (*SYMBOLS, "ES.OPT", "Q1A.OPT")
+    with Gateway(tape, definitions=defined) as gateway:
+        out = Collect()
+        with Running(live(gateway, symbols=symbols), out):
+            connected(gateway)
+            gateway.finish()
+            wanted = int((~np.isin(tape.records["instrument_id"], (42001, 42002))).sum())
+            until(lambda: out.store.total() == wanted)
+    found = {i.symbol: i for i in out.store.of(Instrument)}
+    assert sorted(found) == ["CLG4", "ESH4", "ESH4 P4700", "ESM4", "NQH4", "Q1AH4 C17000"]
+    call, put = found["Q1AH4 C17000"], found["ESH4 P4700"]
+    assert (call.root, put.root) == ("NQ", "ES")
+    assert (call.kind, put.kind) == (("C", "P") if defined else ("?", "?"))
+    assert isinstance(out.store.messages[0], Instrument)
+    at = {i.id: partition_of(i.root, PARTITIONS) for i in found.values()}
+    for p, rows in out.store.rows.items():
+        assert {at[n] for n in set(out.store.trades(p)["instrument"].tolist())} <= {p}, f"{len(rows)} rows"
 
 
 def test_without_definitions_the_symbol_tells(tape: Tape) -> None:

@@ -31,9 +31,14 @@ class Taken:
         self.trades_: list[Any] = []
         self.order: list[str] = []
         self.meta: Any = None
+        self.records = self.bytes = 0
 
     def metadata(self, metadata: Any) -> None:
         self.meta = metadata
+
+    def received(self, records: int, nbytes: int) -> None:
+        self.records += records
+        self.bytes += nbytes
 
     def trades(self, records: Any) -> None:
         self.trades_.append(records.copy())
@@ -64,6 +69,7 @@ def test_however_the_bytes_are_cut(tape: Tape, chunk: int) -> None:
     taken = asyncio.run(feed())
     assert np.concatenate(taken.trades_).tobytes() == tape.records[:60].tobytes()
     assert "".join(taken.order) == "I" + 30 * "t" + "SS" + 30 * "t" + "I"
+    assert (taken.records, taken.bytes) == (64, 60 * 80 + 2 * len(definition) + 2 * len(beat))
     assert taken.meta.dataset == tape.dataset
 
 

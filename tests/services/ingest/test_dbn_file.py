@@ -23,6 +23,7 @@ from services.ingest.source import Resume
 from shared.errors import SourceError
 from shared.frames import CLOCK, NS, TRADE
 from shared.instruments import instrument_id, partition_of
+from shared.messages import Instrument
 from shared.redis_server import EmbeddedRedis
 from shared.settings import Ingest
 from tests.services.ingest.dbn import (
@@ -260,6 +261,55 @@ def test_definitions_win_over_names(tmp_path: Path, suffix: str, mapped: bool) -
     assert instrument.tick_size == 0.25
     assert len(out.trades()) == len(TIMES)
     assert set(out.joined()) == {partition_of("MINI", 4)}
+
+
+def option(symbol: str, native: int, at: int, strike: float, **more: Any) -> bytes:
+    fields = {
+        "asset": "Q3C", "underlying": "NQZ3", "strike_price": round(strike * NS), "unit_of_measure_qty": 20 * NS,
+        "expiration": T0 + 20 * DAY,
+    }  # fmt: skip
+    return bytes(definition(symbol, native, at, instrument_class=dbn.InstrumentClass.CALL, **(fields | more)))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_definitions_hold_from_their_day_on(tmp_path: Path, last: bool) -> None:
+    """One mapping over three days, definitions in two files: said again on the second, something else on the third."""
+    name, end = "Q3CX3 C16000", T0 + 3 * DAY
+    times = np.concatenate([TIMES[:10] + k * DAY for k in range(3)])
+    trades = write(tmp_path / "a.dbn", header(T0, end, [(name, 1, T0, end)]), records(times))
+    days = [(0, NS // 4), (1, NS // 4), (2, NS // 2)]
+    bodies = [option(name, 1, T0 + k * DAY, 16_000, min_price_increment=tick) for k, tick in days]
+    early = write(tmp_path / "d1.dbn", header(T0, T0 + DAY, [], "definition"), bodies[0])
+    late = write(tmp_path / "d2.dbn.zst", header(T0 + DAY, end, [], "definition"), bodies[2], bodies[1])
+    out = play(*((trades, late, early) if last else (late, early, trades)))
+    said = [(out.log.index(m), m) for m in out.log if isinstance(m, Instrument)]
+    assert [(m.tick_size, m.defined_ns) for _, m in said] == [(0.25, T0), (0.5, T0 + 2 * DAY)]
+    assert {(m.root, m.kind, m.strike, m.underlying) for _, m in said} == {("NQ", "C", 16_000.0, "NQZ3")}
+    ticks = [i for i, m in enumerate(out.log) if isinstance(m, int) and m]
+    assert said[0][0] < ticks[0], "published before use"
+    assert sum(i < said[1][0] for i in ticks) == 2, "and the new one before the trades of its day"
+    assert set(out.joined(TRADE)) == {partition_of("NQ", 4)}
+    assert len(out.trades()) == 30
+
+
+def test_an_id_of_two_options_and_an_option_nobody_defined(tmp_path: Path) -> None:
+    one, two, other = "Q3CX3 C16000", "Q4CX3 P15000", "E3CX3 P4000"
+    mappings = [(one, 1, T0, T0 + DAY), (two, 1, T0 + DAY, T0 + 2 * DAY), (other, 2, T0, T0 + 2 * DAY)]
+    rows = records(np.concatenate([TIMES[:8], TIMES[:8] + DAY]), native=1 + np.arange(16) % 2)
+    trades = write(tmp_path / "a.dbn", header(T0, T0 + 2 * DAY, mappings), rows)
+    body = option(one, 1, T0, 16_000) + option(two, 1, T0 + DAY, 15_000)
+    defined = write(tmp_path / "d.dbn", header(T0, T0 + 2 * DAY, [], "definition"), body)
+    out = play(trades, defined)
+    by_symbol = {m.symbol: m for m in out.log if isinstance(m, Instrument)}
+    assert {s: m.strike for s, m in by_symbol.items()} == {one: 16_000.0, two: 15_000.0, other: None}
+    assert (by_symbol[other].root, by_symbol[other].kind) == ("ES", "?")
+    got = out.trades()
+    for symbol, day, count in ((one, 0, 4), (two, 1, 4), (other, 0, 4), (other, 1, 4)):
+        of_day = (got["ts_recv_ns"] - T0) // DAY == day
+        assert (got["instrument"][of_day] == instrument_id(VENUE, symbol)).sum() == count
+    settings = Memory()
+    DbnFiles([trades], 4, option_roots={"E3C": "MES"}).run(settings, Resume(), threading.Event())
+    assert {m.root for m in settings.log if isinstance(m, Instrument)} == {"Q3C", "Q4C", "MES"}
 
 
 def test_cut_off_definitions(tmp_path: Path) -> None:

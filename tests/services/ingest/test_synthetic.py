@@ -21,12 +21,14 @@ from services.ingest.dbn_file import DbnFiles
 from services.ingest.publisher import Held
 from services.ingest.source import Grouped, Resume
 from services.ingest.synthetic import CATCH_UP_SECONDS, VENUE, Cursor, SyntheticFeed, generate
-from services.ingest.synthetic_market import PRODUCTS, MarketOptions, SyntheticMarket
+from services.ingest.synthetic_market import MarketOptions, SyntheticMarket
+from services.ingest.synthetic_products import PRODUCTS
 from shared.bus import Bus
 from shared.calendar import EQUITY_INDEX
 from shared.calendar import sessions as market_hours
 from shared.errors import ConfigError
 from shared.frames import NS, TRADE
+from shared.instruments import partition_of
 from shared.messages import Clock, Instrument
 from shared.redis_server import EmbeddedRedis
 from shared.settings import Synthetic
@@ -121,6 +123,58 @@ def test_any_block_alone_and_any_root_and_seed() -> None:
     assert len(set(natives)) == len(natives) == 12 * 7
 
 
+# -- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [START, START + 36 * 86_400 * NS])  # a Thursday; the day before futures expire
+def test_a_tenth_of_the_trades_are_of_options_near_the_money(start: int) -> None:
+    made, rows = market(30, start, rate=100, option_share=0.1)
+    listed = {o.native: o for o in made.options_on(start)}
+    assert len(listed) == len(made.options_on(start)) > 200
+    assert not listed.keys() & {c.native for c in made.contracts(start)}
+    mine = rows[np.isin(rows["instrument_id"], list(listed))]
+    assert 0.06 < len(mine) / len(rows) < 0.15
+    assert 60 < len(rows) / 1800 < 160, "the rate is that of all trades"
+    assert ((mine["bid_px"] > 0) & (mine["bid_px"] < mine["ask_px"])).all()
+    assert (mine["price"] == np.where(mine["side"] == ord("B"), mine["ask_px"], mine["bid_px"])).all()
+    traded = [listed[n] for n in mine["instrument_id"].tolist()]
+    assert {o.root for o in traded} == {"ES", "NQ", "CL"}
+    assert len({(o.root, o.expiry_ns) for o in traded}) >= 8
+    assert len({(o.expiry_ns, o.strike, o.kind) for o in traded if o.root == "NQ"}) > 30
+    for o in listed.values():
+        level = PRODUCTS[o.root].level
+        assert abs(o.strike / level - 1) < 0.25
+        assert o.expiry_ns >= start // (86_400 * NS) * 86_400 * NS
+        assert o.future.expiry_ns >= o.expiry_ns
+    bought = (mine["side"] == ord("B")).mean()
+    assert 0.3 < bought < 0.7
+
+
+def test_options_that_expired_today_trade_no_more_and_tomorrows_are_listed() -> None:
+    for hour in (19, 20, 23):
+        start = START // (86_400 * NS) * 86_400 * NS + hour * 3600 * NS
+        made, rows = market(10, start, rate=100, option_share=0.2)
+        listed = {o.native: o for o in made.options_on(start)}
+        expiries = [listed[n].expiry_ns for n in rows["instrument_id"].tolist() if n in listed]
+        assert (min(expiries) == start // (86_400 * NS) * 86_400 * NS + 20 * 3600 * NS) == (hour == 19)
+        assert min(expiries) >= start
+    natives: dict[int, str] = {}
+    for day in range(200):  # an id is never another option's
+        for o in made.options_on(START + day * 86_400 * NS):
+            assert natives.setdefault(o.native, o.symbol) == o.symbol
+    assert max(natives) < 1 << 32
+
+
+def test_without_options_the_market_is_as_ever() -> None:
+    made, rows = market(5, seed=7)
+    assert made.options_on(START) == []
+    assert rows["instrument_id"].max() < 1 << 31
+    with_options, mixed = market(5, seed=7, option_share=0.1)
+    index = with_options.index(START) + 4
+    again = SyntheticMarket(MarketOptions(seed=7, option_share=0.1))
+    assert mixed.tobytes().endswith(again.block(index).tobytes()), "any block alone"
+
+
 @pytest.mark.parametrize("rate", [0.01, 5000, 50_000])
 def test_any_rate(rate: float) -> None:
     made = SyntheticMarket(MarketOptions(rate=rate))
@@ -161,6 +215,28 @@ def test_a_file_that_databento_and_we_read(tmp_path: Path, suffix: str) -> None:
     assert (out.clocks[0].watched_from_ns, out.clocks[-1].final) == (START, True)
     assert out.clocks[-1].watermark_ns > theirs["ts_recv"].astype(np.int64).max()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_with_options_and_their_definitions(tmp_path: Path) -> None:
+    path = tmp_path / "tape.dbn.zst"
+    # Over midnight, so that options of two days are in it.
+    summary = generate(path, trades=6000, start="2024-05-09T23:50:00Z", rate=8, roots=("ES", "NQ"), options=True)
+    out = Memory()
+    DbnFiles([path, summary["definitions"]], 4).run(out, Resume(), threading.Event())
+    said = {i.id: i for i in out.log if isinstance(i, Instrument)}
+    options = {n: i for n, i in said.items() if i.kind in ("C", "P")}
+    assert len(options) == summary["options"] > 200
+    assert summary["contracts"] == 4
+    assert {i.root for i in options.values()} == {"ES", "NQ"}
+    assert {i.underlying for i in options.values()} == {"ESM4", "NQM4"}
+    assert all(i.strike and i.expiration_ns and i.multiplier in (20, 50) for i in options.values())
+    assert {i.symbol.split()[0][:-2] for i in options.values()} >= {"E2D", "EW2", "ES", "Q2D", "QN2", "NQ", "E2A"}
+    traded = np.isin(out.trades()["instrument"], list(options))
+    assert 0.05 < traded.mean() < 0.15
+    generate(tmp_path / "again.dbn.zst", trades=6000, start="2024-05-09T23:50:00Z", rate=8, roots=("ES", "NQ"),
+             options=True)  # fmt: skip
+    for name in ("{}.dbn.zst", "{}.definitions.dbn"):
+        assert (tmp_path / name.format("again")).read_bytes() == (tmp_path / name.format("tape")).read_bytes()
 
 
 def test_the_same_options_give_the_same_bytes(tmp_path: Path) -> None:
@@ -239,6 +315,20 @@ def test_history_at_once_then_the_present_and_resumed_anywhere() -> None:
             assert tail[:n] == rows.tobytes()[:n]
         assert rest.clocks[0].watched_from_ns == START - 600 * NS
     assert "spread" in whole.counts
+
+
+def test_the_live_feed_trades_options_and_defines_them_first() -> None:
+    out = play(START)
+    said = {i.id: i for i in out.log if isinstance(i, Instrument)}
+    options = {n: i for n, i in said.items() if i.kind in ("C", "P")}
+    assert {i.root for i in options.values()} == {"ES", "NQ", "CL"}
+    assert {i.defined_ns for i in options.values()} == {START // (86_400 * NS) * 86_400 * NS}
+    assert {i.venue for i in said.values()} == {VENUE}
+    trades = out.trades()
+    assert 0.05 < np.isin(trades["instrument"], list(options)).mean() < 0.15
+    assert set(trades["instrument"].tolist()) <= said.keys()
+    for p, rows in out.joined(TRADE).items():
+        assert {partition_of(said[n].root, 4) for n in set(rows["instrument"].tolist())} == {p}
 
 
 def test_away_for_long_it_watches_anew() -> None:

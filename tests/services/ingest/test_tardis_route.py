@@ -230,3 +230,15 @@ def test_more_symbols_and_exchanges_than_at_first() -> None:
         (instrument_id(*name), T0 + n * MS) for n, name in enumerate(names)
     }
     assert len({c.feed for c in tape.out.messages(Clock)}) == 20
+
+
+def test_a_summary_defines_an_option_whose_name_says_nothing() -> None:
+    tape, name = Tape(), ("deribit", "BTC-NEXT-5.5-P")
+    tape.push((name, 0, 1, TRADE))
+    facts = OptionFacts("P", 5.5, T0 + 30 * 86_400 * NS, "BTC-1JUL24")
+    for later in range(3):
+        tape.router.symbol(*name, T0 + later * NS, facts)
+    tape.push((name, 10, 2, TRADE), (name, 20, 3, TRADE))
+    assert [(i.root, i.kind, i.strike) for i in tape.out.messages(Instrument)] == [("deribit:BTC", "P", 5.5)]
+    assert tape.out.counts == {"spread": 1}, "until then its name says that it is a combination"
+    assert tape.rows(name)["sequence"].tolist() == [2, 3]

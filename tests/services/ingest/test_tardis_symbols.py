@@ -108,6 +108,19 @@ def test_a_summary_beats_the_name() -> None:
     assert (named.kind, named.strike, named.underlying) == ("C", 70_000, "SYN.BTC-28JUN24")
 
 
+@pytest.mark.parametrize("exchange", ["deribit", "okex-options", "bybit-options", "binance-european-options"])
+def test_options_of_a_base_share_a_partition_whatever_their_names(exchange: str) -> None:
+    facts = OptionFacts("P", 5.5, at("2030-01-01T00:00"), "BTC-1JAN30")
+    odd = instrument_of(exchange, "BTC-NEXT-5.5-P", "f", ON, facts)
+    assert (odd.kind, odd.strike, odd.expiration_ns, odd.defined_ns) == ("P", 5.5, at("2030-01-01T00:00"), ON)
+    even = instrument_of(exchange, "BTC-28JUN24-70000-C", "f", ON)
+    future = instrument_of(exchange, "BTC-PERPETUAL", "f", ON)
+    assert odd.root == even.root == future.root == f"{exchange}:BTC"
+    assert even.defined_ns == ON
+    assert future.defined_ns is None
+    assert instrument_of(exchange, "BTC-NEXT-5.5-P", "f", ON).root == odd.root, "the same before its summary came"
+
+
 def test_impossible_dates_are_no_expiries() -> None:
     for symbol in ("BTC-31FEB24-70000-C", "BTC-99XXX24"):
         assert instrument_of("deribit", symbol, "f", ON).expiration_ns is None

@@ -34,9 +34,20 @@ from shared.frames import (
     tick_frame,
 )
 from shared.instruments import instrument_id
-from shared.messages import Gap, Instrument, encode
+from shared.messages import (
+    Components,
+    Gap,
+    Instrument,
+    Pressure,
+    PressureRollup,
+    Signal,
+    TopStrike,
+    Usage,
+    encode,
+)  # fmt: skip
 from shared.settings import RedisSettings, Settings, Sink, Tapeline
 from shared.sink import SinkLoop, open_store
+from tests.wait import until
 
 T0 = 1_703_545_260 * NS  # 2023-12-25T23:01:00Z
 NAMES = [("ES", "ESH4"), ("6E", "6EH4")]
@@ -140,28 +151,97 @@ def gap(start_ns: int = T0, symbols: tuple[str, ...] = ()) -> Frame:
     return Frame("gap", 1, start_ns, start_ns + NS, "test", encode([message]))
 
 
+WINDOW = 300
+T_WINDOW = T0 - 60 * NS  # 2023-12-25T23:00:00Z, where a window begins
+
+
+def pressure(n: int = 0, **values: Any) -> Pressure:
+    """Option pressure of the n-th of four keys and its window; values follow from `n`."""
+    start = T_WINDOW + n // 4 * WINDOW * NS
+    made = {
+        name: 1.25 * (at + 1) + n for at, name in enumerate(Pressure.__struct_fields__) if name not in ("complete",)
+    } | {
+        "underlying": "NQ", "expiration_ns": EXPIRY, "strike": 17000.5 + n % 4 // 2 * 50, "option_type": "CP"[n % 2],
+        "time_window_ns": start, "window_sec": WINDOW, "dominant_side": ("BUY", "SELL", "NEUTRAL")[n % 3],
+        "confidence": n % 11 / 10, "total_trades": 20 + n, "pressure_ratio": None if n % 3 else 1.5, "vwap": 12.125 + n,
+        "first_ns": start + 1_234_567 + n, "last_ns": start + 299 * NS + 7, "mean_ns": start + 150 * NS + 123_456_789,
+        "strike_rank": n, "sweeps": 2, "blocks": 3, "complete": bool(n % 2), "revision": 0,
+        "timestamp_out_ns": start + WINDOW * NS + 2_500_000,
+    }  # fmt: skip
+    return Pressure(**(made | values))
+
+
+def rollup(n: int = 0, **values: Any) -> PressureRollup:
+    """The rollup of the n-th window."""
+    start = T_WINDOW + n * WINDOW * NS
+    made = {name: 0.75 * (at + 1) + n for at, name in enumerate(PressureRollup.__struct_fields__)} | {
+        "underlying": "NQ", "time_window_ns": start, "window_sec": WINDOW, "strikes": 4, "total_trades": 90 + n,
+        "put_call_ratio": None if n % 2 else 0.5, "top_strikes": (TopStrike(EXPIRY, 17000.5, "C", 1.5, 30.0),),
+        "complete": True, "revision": 0, "timestamp_out_ns": start + WINDOW * NS + 3_000_001,
+    }  # fmt: skip
+    return PressureRollup(**(made | values))
+
+
+def signal(n: int = 0, **values: Any) -> Signal:
+    """A signal of the n-th pressure row."""
+    of = pressure(n)
+    numbers = {name: 0.01 * (at + 1) + n for at, name in enumerate(Components.__struct_fields__)}
+    made = {
+        "underlying": of.underlying, "time_window_ns": of.time_window_ns, "window_sec": WINDOW,
+        "signal_type": "block", "direction": "BUY", "score": 0.75, "grade": "HIGH", "expiration_ns": of.expiration_ns,
+        "strike": of.strike, "option_type": of.option_type, "types": ("block", "sweep"), "baseline": "key_time",
+        "baseline_size": 20 + n, "components": Components(**(numbers | {"cluster_size": 3})), "log_ratio": 1.5,
+        "volume": 100.0, "premium": 2.5e6, "underlying_price": 17010.25, "moneyness": 0.99, "timestamp_out_ns":
+        of.time_window_ns + WINDOW * NS + 4_000_000,
+    }  # fmt: skip
+    return Signal(**(made | values))
+
+
+def usage(n: int = 0, feed: str = "databento", **values: Any) -> Usage:
+    """A feed's usage in its n-th minute of the day, which began at T_WINDOW."""
+    made = {
+        "feed": feed, "day": "2023-12-25", "at_ns": T_WINDOW + (n + 1) * 60 * NS + 1_000, "events": 10 + n,
+        "bytes": 800 + n, "connected_seconds": 60.0, "cost_usd": 0.02, "day_events": 10 * (n + 1),
+        "day_bytes": 800 * (n + 1), "day_connected_seconds": 60.0 * (n + 1), "day_cost_usd": 0.02 * (n + 1),
+        "budget_usd": 25.0,
+    }  # fmt: skip
+    return Usage(**(made | values))
+
+
+def said(*messages: Any, body: bytes | None = None) -> Frame:
+    """A frame of messages of one kind, or of that kind with another body."""
+    kind = str(messages[0].__struct_config__.tag)
+    body = encode(list(messages)) if body is None else body
+    return Frame(kind, len(messages), T_WINDOW, T_WINDOW + WINDOW * NS, "test", body)
+
+
+TOPIC_OF = {"late_trade": "late", "pressure": "pressure", "pressure_rollup": "pressure", "signal": "signals"}
+
+
 class Stage:
-    """Publishes frames with one output sequence over both topics, as a stage does."""
+    """Publishes frames with one output sequence over its topics, as a stage does."""
 
-    def __init__(self, bus: Bus, partition: int = 0) -> None:
-        self.bus, self.partition = bus, partition
-        self.seq, _ = bus.attach(partition, "stage", "tests")
+    def __init__(self, bus: Bus, partition: int = 0, name: str = "aggregate") -> None:
+        self.bus, self.partition, self.name = bus, partition, name
+        self.seq, _ = bus.attach(partition, f"stage-{name}", "tests")
 
-    def put(self, *frames: Frame) -> int:
+    def put(self, *frames: Frame, topic: str = "") -> int:
         """Returns the newest sequence."""
         for frame in frames:
-            topic = "late" if frame.kind == "late_trade" else "candles"
-            assert self.bus.publish(self.partition, "stage", "tests", self.seq + 1, [frame], b"", topic)
+            to = topic or TOPIC_OF.get(frame.kind, "candles")
+            assert self.bus.publish(self.partition, f"stage-{self.name}", "tests", self.seq + 1, [frame], b"", to)
             self.seq += 1
-            self.bus.call("hset", self.bus.keys.meta(self.partition, "aggregate"), "out_seq", self.seq)
+            self.bus.call("hset", self.bus.keys.meta(self.partition, self.name), "out_seq", self.seq)
         return self.seq
 
 
 class Feed:
-    """A producer on `ticks`: one of several, each with a sequence of its own."""
+    """A producer on `ticks` or `usage`: one of several, each with a sequence of its own."""
 
-    def __init__(self, bus: Bus, name: str = "tardis:deribit", partition: int = 0, *, known: bool = True) -> None:
-        self.bus, self.name, self.partition = bus, name, partition
+    def __init__(
+        self, bus: Bus, name: str = "tardis:deribit", partition: int = 0, *, known: bool = True, topic: str = "ticks"
+    ) -> None:
+        self.bus, self.name, self.partition, self.topic = bus, name, partition, topic
         self.seq, _ = bus.attach(partition, name, "tests")
         if known:
             fields = {str(i.id): msgspec.json.encode(i) for i in INSTRUMENTS.values()}
@@ -171,9 +251,9 @@ class Feed:
         """Returns the newest entry's id."""
         for frame in frames:
             whole = frame if isinstance(frame, Frame) else tick_frame(frame, self.name)
-            assert self.bus.publish(self.partition, self.name, "tests", self.seq + 1, [whole], b"")
+            assert self.bus.publish(self.partition, self.name, "tests", self.seq + 1, [whole], b"", self.topic)
             self.seq += 1
-        return self.bus.last_id(self.partition, "ticks")
+        return self.bus.last_id(self.partition, self.topic)
 
 
 def settings(
@@ -240,6 +320,16 @@ def start_sink(
         "TAPELINE_SINK_MODES": modes,
     }
     return subprocess.Popen([sys.executable, "-c", code], env=env | ({"TAPELINE_TEST_FAULT": fault} if fault else {}))
+
+
+def on_disk(bus: Bus) -> None:
+    """Wait for the server's file to hold all that it has answered: while an fsync runs, it may put off writing."""
+
+    def written() -> bool:
+        info = bus.call("info", "persistence")
+        return not info["aof_buffer_length"] and not info["aof_pending_bio_fsync"]
+
+    until(written, what="the append-only file to be written")
 
 
 def query(path: Path, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:

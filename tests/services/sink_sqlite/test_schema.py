@@ -12,7 +12,7 @@ from services.sink_sqlite.schema import Migration, migrate, migrations, version
 from services.sink_sqlite.store import SqliteStore
 from shared.errors import VersionError
 from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
-from shared.tables import CANDLE_COLUMNS, FIXED_COLUMNS, TICK_TABLES, TickTable
+from shared.tables import CANDLE_COLUMNS, FIXED_COLUMNS, MESSAGE_TABLES, TICK_TABLES, MessageTable, TickTable
 
 COLUMNS = """time ticker symbol open high low close volume trades ask_volume bid_volume unknown_volume cvd_open cvd_high
 cvd_low cvd_close session_cvd_close vd vd_ratio book_imbalance price_pct divergence max_trade_size big_trades big_volume
@@ -63,6 +63,40 @@ def test_tick_tables(connection: sqlite3.Connection, table: TickTable) -> None:
     ]
 
 
+MESSAGES = [table for tables in MESSAGE_TABLES.values() for table in tables]
+SQL_TYPES = {"text": "TEXT", "json": "TEXT", "time": "TEXT", "real": "REAL", "integer": "INTEGER", "boolean": "INTEGER"}
+
+
+@pytest.mark.parametrize("table", MESSAGES, ids=lambda t: t.name)
+def test_message_tables(connection: sqlite3.Connection, table: MessageTable) -> None:
+    migrate(connection, "test")
+    info = connection.execute(f"PRAGMA table_info({table.name})").fetchall()
+    assert [(c[1], c[2], bool(c[3])) for c in info] == [(c.name, SQL_TYPES[c.sort], not c.null) for c in table.columns]
+    assert tuple(c[1] for c in sorted(info, key=lambda c: c[5]) if c[5]) == table.key
+
+
+def test_the_shape_that_readers_of_pressure_and_usage_know(connection: sqlite3.Connection) -> None:
+    migrate(connection, "test")
+
+    def indexes(table: str) -> dict[str, tuple[bool, list[str]]]:
+        return {
+            name: (bool(unique), [c for (c,) in connection.execute("SELECT name FROM pragma_index_info(?)", (name,))])
+            for _, name, unique, *_ in connection.execute(f"PRAGMA index_list({table})")
+        }
+
+    of_pressure = indexes("pressure_metrics")
+    assert of_pressure["idx_pressure_time"] == (False, ["time_window"])
+    assert of_pressure["idx_pressure_strike"] == (False, ["strike", "option_type"])
+    assert (True, ["underlying", "expiration", "strike", "option_type", "time_window"]) in of_pressure.values()
+    assert indexes("usage_log")["idx_usage_date"] == (False, ["day"])
+    every = [c[1] for c in connection.execute("PRAGMA table_xinfo(pressure_metrics)")]
+    wanted = """strike option_type time_window bid_volume ask_volume pressure_ratio total_trades avg_trade_size
+    dominant_side confidence created_at"""
+    assert set(wanted.split()) <= set(every)
+    view = [c[1] for c in connection.execute("PRAGMA table_info(usage)")]
+    assert view == ["timestamp", "day", "feed", "events", "bytes", "cost"]
+
+
 @pytest.mark.parametrize(
     "sql",
     [
@@ -83,6 +117,18 @@ def test_tick_tables(connection: sqlite3.Connection, table: TickTable) -> None:
         "SELECT cvd_close FROM candles_1s WHERE ticker = 'ES' AND time <= '2023' ORDER BY time DESC LIMIT 1",
         "SELECT * FROM gaps WHERE start >= '2023' ORDER BY start",
         "SELECT * FROM late_trades WHERE ts_event >= '2023' ORDER BY ts_event",
+        "SELECT * FROM pressure_metrics WHERE time_window >= '2023' ORDER BY time_window",
+        "SELECT * FROM pressure_metrics WHERE underlying = 'NQ' AND time_window >= '2023' AND time_window < '2024' "
+        "ORDER BY time_window",
+        "SELECT * FROM pressure_rollups WHERE underlying = 'NQ' AND time_window >= '2023' ORDER BY time_window",
+        "SELECT * FROM pressure_rollups ORDER BY time_window DESC LIMIT 20",
+        "SELECT * FROM signals ORDER BY time_window DESC LIMIT 20",
+        "SELECT * FROM signals WHERE underlying = 'NQ' ORDER BY time_window DESC LIMIT 20",
+        "SELECT * FROM signals WHERE underlying = 'NQ' AND time_window >= '2023' ORDER BY time_window",
+        "SELECT * FROM usage_log WHERE at >= '2023' ORDER BY at",
+        "SELECT sum(cost) FROM usage WHERE day = '2023-12-25'",
+        "SELECT day, feed, sum(bytes), sum(cost) FROM usage WHERE timestamp >= '2023'",
+        "SELECT * FROM usage_daily WHERE feed = 'databento' ORDER BY day",
     ],
 )
 def test_time_queries_use_an_index(connection: sqlite3.Connection, sql: str) -> None:
@@ -111,7 +157,7 @@ def test_a_store_of_the_first_version_keeps_its_rows(tmp_path: Path) -> None:
     store = SqliteStore(path)
     store.open()
     assert store.cursors() == {("a", "candles", 0): (5, "5-0")}
-    assert version(store.connection()) == migrations()[-1].version >= 2
+    assert version(store.connection()) == migrations()[-1].version >= 3
     store.close()
 
 

@@ -1,0 +1,127 @@
+"""Commands about alerts: `alerts list`, `alerts ack`, `alerts test`."""
+
+from __future__ import annotations
+
+import getpass
+from typing import TYPE_CHECKING
+
+import click
+
+from shared.cli_common import echo_json, json_option, looking
+
+if TYPE_CHECKING:
+    from shared.alerts import Alert
+    from shared.bus import Bus
+    from shared.cli import App
+
+
+@click.group()
+def alerts() -> None:
+    """The alerts: list, ack, test."""
+
+
+@alerts.command("list")
+@click.option("--all", "everything", is_flag=True, help="Also those that are acknowledged.")
+@json_option
+@click.pass_obj
+def list_alerts(app: App, everything: bool, as_json: bool) -> None:
+    """Alerts that nobody has acknowledged, the newest last, each with what became of its deliveries.
+
+    The newest 1,000 alerts are kept.
+    """
+    with looking(app.settings) as (bus, _):
+        found = [a for a in _read(bus) if everything or not a.acked_by]
+    if as_json:
+        echo_json(found)
+        return
+    if not found:
+        click.echo("no alerts" if everything else "no open alerts; --all shows those that are acknowledged, too")
+    for alert in found:
+        for line in _lines(alert):
+            click.echo(line)
+
+
+def _read(bus: Bus) -> list[Alert]:
+    """The alerts as committed, oldest first, with acknowledgements that the worker has not taken yet."""
+    import msgspec
+
+    from shared.alerts import Alert
+
+    acks = {k.decode(): v.decode() for k, v in bus.call("hgetall", bus.keys.alerts("acks")).items()}
+    found = []
+    for body in bus.call("hvals", bus.keys.alerts("open")):
+        alert = msgspec.json.decode(body, type=Alert)
+        if alert.id in acks and not alert.acked_by:
+            alert = msgspec.structs.replace(alert, acked_by=acks[alert.id])
+        found.append(alert)
+    return sorted(found, key=lambda a: (a.first_ms, a.id))
+
+
+def _lines(alert: Alert) -> list[str]:
+    from shared.frames import iso
+
+    times = f" x{alert.count}" if alert.count > 1 else ""
+    out = [f"{alert.id}  {iso(alert.first_ms * 1_000_000)[:19]}Z  {alert.severity:<9}  {alert.title}{times}"]
+    out += [f"    {text}" for text in (alert.text, *alert.notes) if text]
+    if alert.suppressed:
+        out.append("    suppressed: over the hour's limit")
+    for d in alert.deliveries:
+        why = f": {d.reason}" if d.reason else ""
+        out.append(f"    to {d.channel}: {d.state} after {d.attempts} attempts{why}")
+    if alert.acked_by:
+        out.append(f"    acknowledged by {alert.acked_by}")
+    return out
+
+
+@alerts.command()
+@click.argument("alert_id", metavar="ID")
+@click.option("--by", metavar="NAME", help="Who acknowledges (default: the user of this machine).")
+@click.pass_obj
+def ack(app: App, alert_id: str, by: str | None) -> None:
+    """Acknowledge an alert: it is not escalated, nor delivered to any channel that has not got it yet.
+
+    ID may be shortened to its first characters.
+    """
+    from shared.errors import TapelineError
+
+    who = (by or _user()).strip()
+    if not who:
+        raise click.UsageError("--by wants a name")
+    with looking(app.settings) as (bus, _):
+        found = [a for a in _read(bus) if alert_id and a.id.startswith(alert_id)]
+        if len(found) != 1:
+            what = "several alerts begin" if found else "no alert begins"
+            raise TapelineError(f"{what} with '{alert_id}'; `tapeline alerts list --all` shows them")
+        alert = found[0]
+        if alert.acked_by:
+            click.echo(f"{alert.id} was acknowledged by {alert.acked_by} before")
+            return
+        bus.call("hset", bus.keys.alerts("acks"), alert.id, who)
+    click.echo(f"{alert.id} acknowledged by {who}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+@alerts.command()
+@click.argument("channel")
+@click.pass_obj
+def test(app: App, channel: str) -> None:
+    """Send a test message to a channel of the settings, and say whether it took it. Needs no Redis."""
+    from shared import registry
+    from shared.errors import ConfigError
+
+    channels = app.settings.alerts.channels
+    if not channels:
+        raise ConfigError("no alert channel is configured: set alerts.channels, or TAPELINE_ALERTS_CHANNELS=NAME=URL")
+    if channel not in channels:
+        raise click.UsageError(f"no channel '{channel}'; there are: {', '.join(channels)}")
+    registry.resolve(registry.TOOLS["alerts-test"])(app.settings, channel)
+    click.echo(f"{channel} took the test message")
+
+
+COMMANDS = [alerts]
