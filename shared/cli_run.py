@@ -74,6 +74,9 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     ingest-tardis-csv     the vendor's CSV files, or tardis:// to download them
     ingest-tardis-replay  tardis:// history through tardis-machine
     aggregate             rolling and fixed candles
+    pressure              option pressure
+    signals               what is worth a look in it, and plug-ins
+    alerts                sends what matters to the channels of [alerts]
     sink-sqlite           the SQLite store
 
     SIGTERM and SIGINT stop it within 5 seconds; a second one at once.

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from services.aggregate.worker import run as run_aggregate
-from services.pressure.worker import run as run_pressure
-from services.signals.worker import run as run_signals
 from services.ingest.synthetic import generate as generate_file
 from services.ingest.worker import run_databento, run_files
+from services.pressure.worker import run as run_pressure
+from services.signals.worker import run as run_signals
 from services.sink_sqlite.worker import run as run_sink
 from shared.bus import Bus
 from shared.instruments import partition_of

@@ -114,7 +114,8 @@ def test_rows_arrive_and_ctrl_c_leaves_nothing(up: Up, tmp_path: Path) -> None:
     found = up.status()
     assert found["feeds"]
     assert {c["name"] for s in found["streams"] for c in s["consumers"] if s["topic"] == "ticks"} == {
-        "aggregate", "pressure"
+        "aggregate",
+        "pressure",
     }
     assert up.stop(signal.SIGINT) < 10
     nothing_left(tmp_path)

@@ -43,7 +43,7 @@ def test_every_command_is_there() -> None:
     top = {path[0] for path, _ in ALL}
     assert top == {
         "up", "run", "replay", "backfill", "generate", "tail", "watch", "status", "streams", "config",
-        "doctor", "warm", "demo", "instruments",
+        "doctor", "warm", "demo", "instruments", "explain", "usage", "alerts",
     }  # fmt: skip
     assert {"streams list", "streams info", "streams trim", "streams drop-consumer", "config show", "config check"} <= {
         " ".join(path) for path, _ in ALL
@@ -61,6 +61,7 @@ def test_every_command_and_option_has_help(path: tuple[str, ...], command: click
 def test_data_commands_print_json() -> None:
     with_json = {" ".join(path) for path, c in ALL if any(p.name == "as_json" for p in c.params)}
     assert with_json >= {
+        "explain", "usage", "instruments", "alerts list",
         "status", "tail", "replay", "generate", "doctor", "config show", "config check",
         "streams list", "streams info", "streams trim", "streams drop-consumer",
     }  # fmt: skip
