@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import kernel, latency, machine, pipeline, tardis
+from benchmarks import kernel, latency, machine, pipeline, pressure, tardis
 
-PARTS = {"kernel": kernel.run, "pipeline": pipeline.run, "latency": latency.run, "tardis": tardis.run}
+PARTS = {
+    "kernel": kernel.run, "pressure": pressure.run, "pipeline": pipeline.run, "latency": latency.run,
+    "tardis": tardis.run,
+}  # fmt: skip
 
 
 def main(wanted: list[str]) -> None:

@@ -36,6 +36,7 @@ def measure(rate: int, seconds: int) -> dict[str, Any]:
         server = EmbeddedRedis(folder)
         server.start()
         settings = {
+            "TAPELINE_PRESSURE_WORKERS": "0",
             "TAPELINE_PARTITIONS": str(PARTITIONS), "DATABENTO_API_KEY": KEY, "TAPELINE_DATABENTO_GATEWAY": "127.0.0.1",
             "TAPELINE_DATABENTO_PORT": str(gateway.port), "DATABENTO_SYMBOLS": "ES.FUT,NQ.FUT,CL.FUT",
         }  # fmt: skip

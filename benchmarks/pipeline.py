@@ -25,14 +25,16 @@ ROOTS = ["ES", "NQ", "CL", "GC", "6E", "RTY", "ZN", "NG"]
 
 
 def run(trades: int = 5_000_000, runs: int = 3) -> dict[str, Any]:
-    """Both variants, `runs` times each in turn; medians."""
+    """All variants, `runs` times each in turn; medians."""
     with tempfile.TemporaryDirectory() as folder:
         tape = Path(folder) / "bench.dbn"
         generate(tape, trades=trades, seed=3, roots=ROOTS, contracts=3, rate=100.0)
         tape.read_bytes()  # into the page cache
-        found: dict[str, list[dict[str, Any]]] = {"no store": [], "sqlite, every row": [], "sqlite, candles_1m": []}
+        names = ("no store", "no store, the pressure stage reads on", "sqlite, every row", "sqlite, candles_1m")
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for _ in range(runs):
             found["no store"].append(measure(tape, trades, sink=False, emit_1s=False))
+            found[names[1]].append(measure(tape, trades, sink=False, emit_1s=False, pressure=True))
             found["sqlite, candles_1m"].append(measure(tape, trades, sink=True, emit_1s=False))
             found["sqlite, every row"].append(measure(tape, trades, sink=True, emit_1s=True))
         return {
@@ -59,25 +61,27 @@ def workers(
             process.wait(timeout=15)
 
 
-def measure(tape: Path, trades: int, *, sink: bool, emit_1s: bool) -> dict[str, Any]:
+def measure(tape: Path, trades: int, *, sink: bool, emit_1s: bool, pressure: bool = False) -> dict[str, Any]:
+    stages = ["aggregate", "pressure"] if pressure else ["aggregate"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server = EmbeddedRedis(folder, fsync="no")  # as `tapeline replay` has it
         server.start()
         bus = Bus(server.url)
         for p in range(PARTITIONS):
-            for consumer in ("aggregate",):
-                bus.register(p, "ticks", consumer)
+            for stage in stages:
+                bus.register(p, "ticks", stage)
             if not sink:
                 bus.register(p, "candles", "bench")
         settings = {
             "TAPELINE_STORE": f"sqlite:///{folder / 'bench.db'}", "TAPELINE_PARTITIONS": str(PARTITIONS),
             "TAPELINE_AGGREGATE_CANDLES_1S": str(emit_1s).lower(), "TAPELINE_REDIS_WINDOW_SECONDS": "0",
+            "TAPELINE_PRESSURE_WORKERS": str(int(pressure)), "TAPELINE_SIGNALS_WORKERS": "0",
         }  # fmt: skip
-        consumers = [["aggregate"]] + ([["sink-sqlite"]] if sink else [])
+        consumers = [*stages, *(["sink-sqlite"] if sink else [])]
         try:
-            with workers(folder, server.url, consumers, **settings):
-                _ready(bus, ["aggregate", "sink-sqlite"] if sink else ["aggregate"])
+            with workers(folder, server.url, [[name] for name in consumers], **settings):
+                _ready(bus, consumers)
                 with workers(folder, server.url, [["ingest-files", str(tape)]], **settings) as ingest:
                     seconds, published = _follow(bus, ingest[0], sink)
             rows = _rows(folder / "bench.db") if sink else 0

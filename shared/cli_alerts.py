@@ -67,7 +67,7 @@ def _lines(alert: Alert) -> list[str]:
         out.append("    suppressed: over the hour's limit")
     for d in alert.deliveries:
         why = f": {d.reason}" if d.reason else ""
-        out.append(f"    to {d.channel}: {d.state} after {d.attempts} attempts{why}")
+        out.append(f"    to {d.channel}: {d.state} after {d.attempts} attempt{'s' * (d.attempts != 1)}{why}")
     if alert.acked_by:
         out.append(f"    acknowledged by {alert.acked_by}")
     return out

@@ -74,8 +74,12 @@ def _print(one: dict[str, Any]) -> None:
 
 
 def _values(title: str, row: dict[str, Any]) -> None:
-    shown = ", ".join(f"{name} {value}" for name, value in row.items() if value is not None)
+    shown = ", ".join(f"{name} {_text(value)}" for name, value in row.items() if value not in (None, ""))
     click.echo(f"{title}: {shown}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 COMMANDS = [explain]

@@ -79,6 +79,7 @@ def check(app: App, as_json: bool) -> None:
     from shared.stores_check import sqlite_path
     from shared.supervise import programs
 
+    _calendars(app.settings)
     chosen = [worker for program in programs(app.settings) for worker in program.workers()]
     sqlite_path(app.settings.tapeline.store)
     if as_json:
@@ -138,9 +139,29 @@ def _settings(app: App) -> str:
     from shared.supervise import programs
 
     programs(app.settings)
+    _calendars(app.settings)
     files = sorted({o.removeprefix("file ") for o in app.settings.origin.values() if o.startswith("file ")})
     variables = sum(o.startswith("env ") for o in app.settings.origin.values())
     return f"read from {files[0] if files else 'defaults'} and {variables} variables"
+
+
+def _calendars(settings: Settings) -> None:
+    """Raises ConfigError for a market calendar that does not exist."""
+    named = {
+        "databento.hours": settings.databento.hours,
+        "tardis.hours": settings.tardis.hours,
+        **{f"aggregate.calendars ({root})": name for root, name in settings.aggregate.calendars.items()},
+    }
+    for setting, name in named.items():
+        if name:
+            from shared.calendar import sessions
+
+            try:
+                sessions(name)
+            except ConfigError:
+                raise ConfigError(
+                    f"unknown market calendar '{name}' in {setting}; pandas_market_calendars lists the names"
+                ) from None
 
 
 def _redis_found(settings: Settings) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared.bus import Bus, Limits, Step, worker_id
-from shared.errors import BusUnavailable, ConfigError, Fenced, TapelineError
+from shared.errors import BusUnavailable, ConfigError, Fenced, TapelineError, Unavailable
 from shared.frames import Frame
 from shared.heartbeat import beat, leave, living
 from shared.settings import Settings
@@ -145,7 +145,7 @@ class _Partition:
                 except Fenced as error:
                     log.info("%s", error)
                     return
-                except BusUnavailable as error:
+                except Unavailable as error:  # Redis, or a store that a new name's history is read from
                     log.warning("partition %d: %s; trying again", self.number, error)
                     self.worker.stop.wait(backoff)
                     backoff = min(2.0, 2 * backoff)

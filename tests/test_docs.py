@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shlex
 import sqlite3
@@ -17,15 +18,22 @@ import click
 import pytest
 
 from services.aggregate.layout import COUNTERS
-from services.ingest import tardis_decode, tardis_pass
+from services.alerts import rules
+from services.alerts.channels import message_of
+from services.ingest import gate, tardis_decode, tardis_pass
 from services.ingest.normalize import REASONS
+from services.pressure import layout as pressure_layout
+from services.signals import baseline, core, plugins, score
 from services.sink_sqlite.schema import migrate
-from shared import errors, messages, registry
+from shared import alerts, errors, messages, registry, usage
 from shared.cli import cli
 from shared.cli_run import EX_TEMPFAIL
 from shared.frames import CANDLE, FEATURE_COLUMNS, FIXED, LATE, PACKED, ROW_KINDS, TICK, Frame
 from shared.keys import TOPICS, Keys
-from shared.settings import ALIASES, SECTIONS, Settings, env_name, load
+from shared.plugins import GROUP
+from shared.settings import ALIASES, SECTIONS, AlertRule, Settings, env_name, load
+from shared.stages import STAGES, readers
+from shared.tables import MESSAGE_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -99,6 +107,7 @@ def test_every_command_and_option_is_documented_and_no_other() -> None:
 def test_every_service_is_documented() -> None:
     text = sections(page("cli.md"))["`tapeline run`"]
     assert {"redis", *registry.SERVICES} <= set(quoted(text))
+    assert set(STAGES) <= set(registry.SERVICES)
 
 
 def test_commands_shown_exist() -> None:
@@ -144,8 +153,12 @@ def test_errors_that_are_listed_are_said_somewhere() -> None:
         for folder in ("shared", "services")
         for path in (ROOT / folder).rglob("*.py")
     )
-    for cells in table_rows(sections(page("operations.md"))["Errors"].partition("What a user may meet")[2]):
-        for said in quoted(cells[0]) if len(cells) == 3 else []:
+    operations = sections(page("operations.md"))
+    listed = [r[0] for r in table_rows(operations["Errors"].partition("What a user may meet")[2]) if len(r) == 3]
+    buried = [r[0] for r in table_rows(operations["Dead letters"]) if r[0].startswith("`")]
+    assert len(buried) >= 4
+    for cell in (*listed, *buried):
+        for said in quoted(cell):
             for part in filter(None, (piece.strip(" '") for piece in said.split("…"))):
                 assert part in source, part
 
@@ -227,6 +240,21 @@ def test_every_column_is_documented_and_no_other(schema: sqlite3.Connection) -> 
             assert row[2], f"{name}.{column}"
 
 
+def test_every_column_of_the_message_tables_is_documented(schema: sqlite3.Connection) -> None:
+    """Those that every store has, in their order, and what this one adds of its own."""
+    documented = {name: text for title, text in sections(page("tables.md")).items() for name in quoted(title)}
+    for table in (table for tables in MESSAGE_TABLES.values() for table in tables):
+        listed = {r[0].strip("`"): r for r in table_rows(documented[table.name]) if r[0] != "column"}
+        assert tuple(listed) == table.names
+        for column in table.columns:
+            assert (listed[column.name][2] != "never") == column.null or column.path.startswith("components.")
+            assert listed[column.name][3] or listed[column.name][4] or column.name in ("feed",), column
+        head = documented[table.name].partition("| column |")[0]
+        assert set(table.key) <= set(quoted(head)), table.name
+        hidden = "SELECT name FROM pragma_table_xinfo(?) WHERE hidden > 1"
+        assert {name for (name,) in schema.execute(hidden, (table.name,))} <= set(quoted(head))
+
+
 @pytest.mark.parametrize("text", blocks("sql"))
 def test_queries_shown_run(text: str, schema: sqlite3.Connection) -> None:
     for statement in text.split(";"):
@@ -266,6 +294,9 @@ def test_every_frame_kind_and_field_is_documented() -> None:
     for tag, kind in tags.items():
         row = next(r for r in table_rows(sections(text)["Frames"]) if r[0] == f"`{tag}`" and len(r) == 2)
         assert list(kind.__struct_fields__) == [q for q in quoted(row[1]) if q != "?"]
+    parts = {r[0].strip("`"): quoted(r[2]) for r in table_rows(sections(text)["Frames"]) if len(r) == 3}
+    for kind in (messages.TopStrike, messages.Components):
+        assert parts[kind.__name__] == list(kind.__struct_fields__)
     for name, dtype in (("TICK", TICK), ("FIXED", FIXED), ("CANDLE", CANDLE), ("LATE", LATE)):
         paragraph = next(p for p in text.split("\n\n") if p.startswith(f"`{name}`, {dtype.itemsize} bytes"))
         assert set(dtype.names or ()) <= set(quoted(paragraph)), name
@@ -301,6 +332,123 @@ def test_every_counter_is_documented() -> None:
         assert set(re.findall(r'\.count\("(\w+)"', (ROOT / "shared" / name).read_text())) <= sink
 
 
+def test_every_counter_of_the_stages_is_documented_and_no_other() -> None:
+    rows = table_rows(sections(page("streams.md"))["Counters of pressure and signals"])
+    listed = [(r[0].strip("`"), r[1].strip("`")) for r in rows if r[0] != "stage"]
+    source = inspect.getsource(core)
+    judged = {name for place in re.findall(r"_counters\[([^\]]+)\]", source) for name in re.findall(r'"(\w+)"', place)}
+    judged |= {*plugins.STATUSES, core.WITHDRAWN}  # counted by a signal's status
+    assert len(judged) > 10
+    wanted = {("pressure", n) for n in pressure_layout.COUNTERS} | {("signals", n) for n in judged}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == wanted
+
+
+def test_every_consumer_of_a_stream_is_documented() -> None:
+    rows = {r[0].strip("`"): r for r in table_rows(sections(page("streams.md"))["Bounds and trimming"])}
+    assert set(rows) - {"stream"} == set(TOPICS)
+    for topic in TOPICS:
+        assert set(readers(topic, Settings())) <= set(quoted(rows[topic][1])), topic
+
+
+# -- what is made of options ------------------------------------------------------------------------
+
+
+def test_every_measure_of_pressure_has_its_formula() -> None:
+    listed = {name for r in table_rows(sections(page("concepts.md"))["Option pressure"]) for name in quoted(r[0])}
+    plain = {"bid_volume", "ask_volume", "unknown_volume", "total_trades", "open", "close", "underlying_price",
+             "complete", "revision", "strikes", "call_volume", "put_volume", "call_ask_volume", "call_bid_volume",
+             "put_ask_volume", "put_bid_volume"}  # fmt: skip
+    for kind in (messages.Pressure, messages.PressureRollup):
+        measures = {n for n in kind.__struct_fields__ if not n.endswith(("_ns", "_sec"))}
+        assert measures - plain - {"underlying", "strike", "option_type"} <= listed, kind
+
+
+def test_every_part_of_a_score_has_its_formula() -> None:
+    text = sections(page("concepts.md"))["Signals"]
+    named = [name for r in table_rows(text) for name in quoted(r[0])]
+    assert {*messages.Components.__struct_fields__, "score"} <= set(named)
+    assert set(named) >= {*plugins.STATUSES, core.WITHDRAWN}
+    levels = (baseline.KEY_TIME, baseline.KEY, baseline.MONEYNESS, baseline.INSUFFICIENT)
+    assert tuple(name for name in named if name in levels) == levels, "in the order of their turn"
+    assert tuple(name for name in named if name in score.TYPES) == score.TYPES, "in the order of precedence"
+    grades = {r[0].strip("`"): r[1] for r in table_rows(text) if len(r) == 2}
+    assert all(grades[name] == f"from {least:g}" for least, name in score.GRADES)
+    assert score.LOW in grades
+    limits = (score.Z_LIMIT, score.Z_ANOMALY, score.HIGH_PERCENTILE, score.LOW_PERCENTILE, score.APART_SEC,
+              score.REJECTED_ABOVE, score.MONITOR_ABOVE, baseline.BUCKET_WIDTH)  # fmt: skip
+    assert all(re.search(rf"(?<![\d.]){limit:g}(?![\d])", text) for limit in limits)
+
+
+def test_the_plugin_shown_is_one() -> None:
+    """It is taken as it stands: by its entry point, and for what it returns."""
+    text = page("plugins.md")
+    package = tomllib.loads(re.findall(r"^```ini\n(.*?)^```", text, re.M | re.S)[0])
+    (point,) = package["project"]["entry-points"][GROUP].values()
+    space: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[0], space)
+    plugin = space[point.partition(":")[2]]()
+    assert "TAPELINE_SIGNALS_PLUGINS=call-skew" in text
+    rollup = messages.PressureRollup("NQ", 0, 300, 10, 1, 10, 0, 1, 0, 3.0, 1.0, 0.1, 9, 9, 0, 9, 2, 11)
+    said = plugins.Plugins({"call-skew": plugin})([], rollup, [])
+    assert (len(said.signals), said.errors) == (1, 0)
+    assert said.signals[0].source == "call-skew"
+
+
+# -- alerts and usage -------------------------------------------------------------------------------
+
+
+def test_every_event_severity_and_field_of_alerts_is_documented() -> None:
+    text = sections(page("alerts.md"))
+    told = [r for r in table_rows(text["Rules"]) if r[0] not in ("field", "event")]
+    assert {r[0].strip("`") for r in told if len(r) == 2} == set(AlertRule.__struct_fields__)
+    words = {r[0].strip("`"): set(quoted(r[1])) for r in told if len(r) == 2}
+    assert words["severity"] == set(alerts.SEVERITIES)
+    assert words["grades"] == set(alerts.GRADES)
+    assert set(alerts.TYPES) <= words["types"]
+    assert {r[0].strip("`"): r[2].strip("`") for r in told if len(r) == 3} == alerts.EVENTS
+    for grade, severity in rules.DEFAULT_GRADES.items():
+        assert f"`{grade}` `{severity}`" in text["Rules"] or f"`{grade}` are `{severity}`" in text["Rules"]
+    limits = [r for r in table_rows(text["Limits and folding"]) if r[0] != "severity"]
+    assert {r[0].strip("`"): int(r[1]) for r in limits} == alerts.SEVERITIES
+    record = sections(page("alerts.md"))["The record of an alert"]
+    fields = [r for r in table_rows(record) if len(r) == 2]
+    assert {n for r in fields for n in quoted(r[0])} >= set(alerts.Alert.__struct_fields__)
+    deliveries = next(r for r in fields if r[0] == "`deliveries`")
+    assert quoted(deliveries[1]) == list(alerts.Delivery.__struct_fields__)
+    states = {alerts.PENDING, alerts.SENT, alerts.REFUSED, alerts.DROPPED}
+    assert states == {r[0].strip("`") for r in table_rows(record.partition("state of a delivery")[2])} - {"---"}
+
+
+def test_the_webhook_shown_is_what_is_sent() -> None:
+    text = sections(page("alerts.md"))["The webhook"]
+    shown = json.loads(re.findall(r"^```json\n(.*?)^```", text, re.M | re.S)[0])
+    alert = alerts.Alert("a", "k", "t", "INFO", "title", "text", 0, 0, 0)
+    assert list(shown) == list(message_of(alert, 0).body)
+    signal = messages.Signal("NQ", 0, 300, "block", "BUY", 1.0, "EXTREME")
+    happening = rules.of_signal(signal, load(None, {"TAPELINE_ALERTS_CHANNELS": "ops=https://h.example"}).alerts)
+    assert happening is not None
+    assert set(shown["details"]) == set(happening.details)
+    for body in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        compile(body, "receiver", "exec")
+
+
+def test_every_state_of_a_feed_is_documented() -> None:
+    rows = table_rows(sections(page("operations.md"))["States of a feed"])
+    listed = {r[0].strip("`") for r in rows if r[0] != "state"}
+    said = {
+        state
+        for path in (ROOT / "services" / "ingest").glob("*.py")
+        for call in re.findall(r"\.connection\(([^,)]+)", path.read_text())
+        for state in re.findall(r'"(\w+)"', call)
+    }
+    first = re.search(r'self\.state, self\.detail = "(\w+)"', (ROOT / "services" / "ingest" / "status.py").read_text())
+    assert first
+    assert listed == {*said, first[1], gate.BUDGET, gate.CLOSED}
+    told = next(r for r in table_rows(sections(page("tables.md"))["`usage_log`"]) if r[0] == "`state`")
+    assert {usage.RUNNING, usage.STOPPED} == set(quoted(told[4]))
+
+
 # -- the project ---------------------------------------------------------------------------------
 
 
@@ -312,11 +460,19 @@ def test_make_targets_shown_exist() -> None:
     assert {"demo", "test", "check", "bench"} <= targets
 
 
+def packages(needed: list[str]) -> set[str]:
+    """Names of packages without their versions."""
+    return {re.split(r"[^\w-]", text, maxsplit=1)[0] for text in needed}
+
+
 def test_every_library_is_explained() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     readme = sections((ROOT / "README.md").read_text())["Libraries"]
-    listed = {name for cells in table_rows(readme) if cells[1] != "library" for name in quoted(cells[1])}
-    assert listed == {re.match(r"[\w-]+", needed)[0] for needed in project["dependencies"]}  # type: ignore[index]
+    needs, _, extras = readme.partition("| extra |")
+    listed = {name for cells in table_rows(needs) if cells[1] != "library" for name in quoted(cells[1])}
+    assert listed == packages(project["dependencies"])
+    optional = {cells[0].strip("`"): set(quoted(cells[1])) for cells in table_rows(extras) if cells[0].startswith("`")}
+    assert optional == {name: packages(of) for name, of in project["optional-dependencies"].items()}
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert project["license"] == "Apache-2.0"

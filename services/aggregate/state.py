@@ -39,7 +39,7 @@ from services.aggregate.layout import (
 from services.aggregate.sessions import warm_at
 from shared.errors import ConfigError
 from shared.frames import CANDLE, FIXED, NS, STATE_COLUMNS, Rows
-from shared.instruments import feed_id, is_spread
+from shared.instruments import feed_id, is_spread, option_series
 from shared.messages import Instrument
 from shared.timeframes import name_of
 
@@ -220,7 +220,7 @@ class State:
         contract["next"] = contract["last_sec"] = contract["ring"] = contract["entity"] = contract["quote_ns"] = NONE
         contract["warm_sec"] = NEVER
         self.registry.contracts.append(instrument)
-        if instrument.kind in ROLLING:
+        if instrument.kind in ROLLING and not undefined_option(instrument):
             contract["next"], contract["ring"] = self.roots[k]["head"], len(self.ring)
             self.roots[k]["head"] = c
             self._extend("ring", "ring_dirty")
@@ -419,6 +419,11 @@ def solo(instrument: Instrument) -> bool:
 def seed_name(instrument: Instrument) -> str:
     """Under which name its newest stored CVD is asked for."""
     return ticker_of(instrument) if solo(instrument) else f"{instrument.venue}:{instrument.symbol}"
+
+
+def undefined_option(instrument: Instrument) -> bool:
+    """An option by its name, whose definition has not come: many strikes have one series."""
+    return instrument.kind == "?" and option_series(instrument.symbol) is not None
 
 
 def candled(instrument: Instrument) -> bool:

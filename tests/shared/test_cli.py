@@ -174,6 +174,14 @@ def test_config_check(tmp_path: Path) -> None:
     assert json.loads(tapeline("config", "check", "--json", cwd=tmp_path).stdout)["fine"] is True
     done = tapeline("config", "check", cwd=tmp_path, TAPELINE_FEEDS="nyse")
     assert (done.returncode, done.stderr.count("\n")) == (78, 1)
+    for variable, said in (
+        ("TAPELINE_DATABENTO_HOURS", "'Nope' in databento.hours"),
+        ("TAPELINE_AGGREGATE_CALENDARS", "'Nope' in aggregate.calendars (ES)"),
+    ):
+        value = "ES=Nope" if variable.endswith("CALENDARS") else "Nope"
+        done = tapeline("config", "check", cwd=tmp_path, **{variable: value})
+        assert done.returncode == 78
+        assert said in done.stderr
 
 
 def test_doctor_says_what_is_wrong_with_the_remedy(tmp_path: Path) -> None:

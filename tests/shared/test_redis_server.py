@@ -15,7 +15,7 @@ import redis
 from shared.bus import Bus
 from shared.errors import BusUnavailable, ConfigError
 from shared.redis_server import EmbeddedRedis, answers, find_redis, socket_path
-from tests.wait import until
+from tests.wait import on_disk, until
 
 
 def test_a_server_is_found_and_is_new_enough() -> None:
@@ -42,6 +42,7 @@ def test_data_survives_kill_9(tmp_path: Path) -> None:
     try:
         client = redis.Redis.from_url(server.url)
         client.set("kept", "yes")
+        on_disk(client)
         server.kill()
         assert not server.alive
         server.start()

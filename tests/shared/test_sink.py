@@ -30,7 +30,6 @@ from tests.services.sink_sqlite.tape import (
     candles,
     gap,
     late,
-    on_disk,
     query,
     rows,
     settings,
@@ -39,7 +38,7 @@ from tests.services.sink_sqlite.tape import (
     stored_seq,
     table,
 )
-from tests.wait import until
+from tests.wait import on_disk, until
 
 
 @pytest.fixture
@@ -184,7 +183,7 @@ def test_redis_killed_and_back(server: EmbeddedRedis, path: Path, tmp_path: Path
     with sinking(bus, path) as loop:
         stage.put(*frames[:3])
         caught_up(path, 3)
-        on_disk(bus)
+        on_disk(bus.client)
         server.kill()
         with pytest.raises(BusUnavailable):
             bus.ping()
@@ -200,7 +199,7 @@ def test_redis_killed_and_back(server: EmbeddedRedis, path: Path, tmp_path: Path
 def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
     """What is added inside is lost, as by a power cut: the server comes back with its older file."""
     aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
-    on_disk(bus)
+    on_disk(bus.client)
     shutil.copy(aof, copy)
     yield
     server.kill()
@@ -469,7 +468,7 @@ def test_a_removed_store_ends_the_sink_loudly(bus: Bus, path: Path) -> None:
 def test_the_service_waits_for_redis(server: EmbeddedRedis, path: Path) -> None:
     bus = Bus(server.url)
     Stage(bus).put(candles(rows(10)))
-    on_disk(bus)
+    on_disk(bus.client)
     server.kill()
     with start_sink(bus, f"sqlite:///{path}") as sink:
         until(path.exists, what="the store to be made", timeout=20)

@@ -28,7 +28,6 @@ from tests.services.sink_sqlite.tape import (
     Feed,
     Stage,
     candles,
-    on_disk,
     pressure,
     query,
     rollup,
@@ -43,7 +42,7 @@ from tests.services.sink_sqlite.tape import (
     usage,
 )
 from tests.shared.test_batches import raw
-from tests.wait import until
+from tests.wait import on_disk, until
 
 TABLES = [table for tables in MESSAGE_TABLES.values() for table in tables]
 
@@ -66,7 +65,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
     """What is added inside is lost, as by a power cut: the server comes back with its older file."""
     aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
-    on_disk(bus)
+    on_disk(bus.client)
     shutil.copy(aof, copy)
     yield
     server.kill()

@@ -28,7 +28,6 @@ from tests.services.sink_sqlite.tape import (
     gap,
     late,
     mixed,
-    on_disk,
     query,
     rows,
     sinking,
@@ -37,7 +36,7 @@ from tests.services.sink_sqlite.tape import (
     stored_seq,
     ticks,
 )
-from tests.wait import until
+from tests.wait import on_disk, until
 
 NAMES = [table.name for table in TICK_TABLES.values()]
 TICKS = ("ticks",)
@@ -61,7 +60,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
     """What is added inside is lost, as by a power cut: the server comes back with its older file."""
     aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
-    on_disk(bus)
+    on_disk(bus.client)
     shutil.copy(aof, copy)
     yield
     server.kill()

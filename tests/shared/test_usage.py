@@ -20,6 +20,7 @@ from shared.settings import UsageSettings
 from shared.usage import DAY_NS, HISTORY, MIB, NOTHING, STOPPED, Meter, Totals, day_of, priced, vendor
 from shared.usage_book import Book, row_of, spent_by_others
 from tests.shared.usage_store import keep_daily
+from tests.wait import on_disk
 
 PARTITIONS = 3
 MINUTE = 60 * NS
@@ -210,6 +211,7 @@ def test_a_lost_answer_tells_nothing_twice(bus: Bus) -> None:
 
 def test_without_redis_it_waits_and_goes_out_in_one_piece(bus: Bus, redis_server: EmbeddedRedis) -> None:
     one = book(bus, meter_at())
+    on_disk(bus.client)
     redis_server.kill()
     for _ in range(3):
         one.meter.receive(10, MIB)

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from shared.bus import Bus
-from shared.errors import ConfigError, TapelineError
+from shared.errors import ConfigError, StoreUnavailable, TapelineError
 from shared.frames import Frame
 from shared.settings import Settings, load
 from shared.worker import StepResult, Worker
-from tests.wait import until
+from tests.wait import on_disk, until
 
 
 class Counting:
@@ -134,11 +134,46 @@ def test_redis_gone_for_a_while(bus: Bus, settings: Settings, redis_server: Any)
     with Running(bus, settings):
         publish(bus, 0, 1)
         until(lambda: put_out(bus, 0) == [1])
+        on_disk(bus.client)
         redis_server.kill()
         redis_server.start()
         bus.client.connection_pool.disconnect()
         publish(bus, 0, 2)
         until(lambda: put_out(bus, 0) == [1, 2], 20, "the worker to come back")
+
+
+class AskingStage(Stage):
+    """Its core needs a store that does not answer the first times."""
+
+    def __init__(self, refusals: int) -> None:
+        self.left = refusals
+
+    def open(self, fields: dict[str, bytes]) -> Counting:
+        self.left -= 1
+        return Counting(fields, StoreUnavailable("the store does not answer") if self.left >= 0 else None)
+
+
+def test_a_store_that_a_core_asks_is_waited_for(bus: Bus, settings: Settings) -> None:
+    bus.attach(0, "feed", "me")
+    publish(bus, 0, 1)
+    stage = AskingStage(8)  # six partitions are opened once, one of them again after each refusal
+    with Running(bus, settings, stage) as running:
+        until(lambda: put_out(bus, 0) == [1], what="the frame, once the store answers")
+        assert running.thread.is_alive()
+    assert stage.left < 0
+    assert running.error is None
+
+
+def test_stages_that_read_the_same_are_waited_for(bus: Bus, settings: Settings) -> None:
+    def names() -> set[bytes]:
+        return set(bus.call("hkeys", bus.keys.consumers(5, "ticks")))
+
+    with Running(bus, settings):
+        until(lambda: shares(bus) == [6])
+        until(lambda: names() == {b"aggregate", b"pressure"}, what="pressure to be registered, too")
+    off = replace(settings, pressure=msgspec.structs.replace(settings.pressure, workers=0))
+    with Running(bus, off):
+        until(lambda: names() == {b"aggregate"}, what="pressure to be let go")
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,20 @@ def test_options_have_fixed_candles_but_no_rolling_ones() -> None:
     assert not any(name == "deribit:BTC" for name, _, _ in rows), "options make no continuous ticker"
 
 
+def test_options_without_a_definition_make_no_rolling_candles_either() -> None:
+    """Many strikes share the name of one series."""
+    strikes = [
+        perpetual(f"Q1AZ6 C{strike}", "GLBX.MDP3", kind="?", ticker="Q1AZ6", root="NQ") for strike in (20000, 20100)
+    ]
+    state = PartitionState(config(timeframes=(60,)))
+    out = state.step(
+        [*begin(*strikes), frame(*(trade(1 + n, 5.0 + n, who=who) for n, who in enumerate(strikes))), clock(200)]
+    )
+    assert not out.candles_1m
+    assert not out.candles_1s
+    assert sorted(symbol for _, symbol in out.fixed_names) == ["Q1AZ6 C20000", "Q1AZ6 C20100"]
+
+
 def test_an_option_corrects_its_candles_too() -> None:
     option = perpetual("O", "deribit", kind="P", ticker=None, root="deribit:BTC")
     tape = [*begin(option), frame(trade(1, 5, who=option)), clock(70), frame(trade(2, 9, who=option)), clock(75)]

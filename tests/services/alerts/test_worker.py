@@ -25,7 +25,7 @@ from tests.services.alerts.receiver import Receiver
 from tests.services.alerts.running import Running, alerts, begun, configured, publish, settled, strikes
 from tests.services.alerts.test_core import T0, signal
 from tests.shared.test_cli import tapeline
-from tests.wait import until
+from tests.wait import on_disk, until
 
 
 def environ(settings: Settings, **more: str) -> dict[str, str]:
@@ -248,6 +248,7 @@ def test_redis_gone_for_a_while(bus: Bus, receiver: Receiver, redis_server: Any)
         until(lambda: begun(bus))
         publish(bus, *strikes(1))
         settled(bus, 1)
+        on_disk(bus.client)
         redis_server.kill()
         redis_server.start()
         bus.client.connection_pool.disconnect()

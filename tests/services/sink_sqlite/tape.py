@@ -47,7 +47,6 @@ from shared.messages import (
 )  # fmt: skip
 from shared.settings import RedisSettings, Settings, Sink, Tapeline
 from shared.sink import SinkLoop, open_store
-from tests.wait import until
 
 T0 = 1_703_545_260 * NS  # 2023-12-25T23:01:00Z
 NAMES = [("ES", "ESH4"), ("6E", "6EH4")]
@@ -320,16 +319,6 @@ def start_sink(
         "TAPELINE_SINK_MODES": modes,
     }
     return subprocess.Popen([sys.executable, "-c", code], env=env | ({"TAPELINE_TEST_FAULT": fault} if fault else {}))
-
-
-def on_disk(bus: Bus) -> None:
-    """Wait for the server's file to hold all that it has answered: while an fsync runs, it may put off writing."""
-
-    def written() -> bool:
-        info = bus.call("info", "persistence")
-        return not info["aof_buffer_length"] and not info["aof_pending_bio_fsync"]
-
-    until(written, what="the append-only file to be written")
 
 
 def query(path: Path, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
