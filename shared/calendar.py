@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from functools import lru_cache
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.cache import cache_base
 from shared.errors import ConfigError
 from shared.frames import NS
 
@@ -41,6 +47,26 @@ def sessions(name: str) -> Sessions:
         last = np.datetime64(f"{LAST_YEAR}-01-01", "D").astype(np.int64)
         days = np.arange(first, last, dtype=np.int64) * (86_400 * NS)
         return np.stack([days, days + 86_400 * NS], axis=1)
+    kept = _kept(name)
+    with suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+        rows: Sessions = np.load(kept)
+        return rows
+    rows = _computed(name)
+    with suppress(OSError):  # a full or read-only disk: computed again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_name(f"{kept.name}.{os.getpid()}.npy")
+        np.save(part, rows)
+        part.replace(kept)
+    return rows
+
+
+def _kept(name: str) -> Path:
+    """The file of a calendar's sessions: another rule or library, another file."""
+    known = (name, version("pandas_market_calendars"), FIRST_YEAR, LAST_YEAR, sorted(OVERRIDES.items()))
+    return cache_base() / f"calendar-{blake2b(repr(known).encode(), digest_size=8).hexdigest()}.npy"
+
+
+def _computed(name: str) -> Sessions:
     import pandas_market_calendars as mcal  # noqa: PLC0415 (takes a second to import)
 
     try:

@@ -8,7 +8,6 @@ code comes from: another version, another folder.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+
+from shared.cache import cache_base
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,17 +44,13 @@ SOURCES = (
 def cache_folder() -> Path:
     """Where the machine code of these sources is kept: beside this package, else in ~/.cache."""
     digest = hashlib.blake2b(numba.__version__.encode(), digest_size=8)
-    here = Path(__file__).parent
     for name in SOURCES:
         package, _, module = name.rpartition(".")
         spec = find_spec(package)
         if spec is not None and spec.origin is not None:
             file = Path(spec.origin).parent / f"{module}.py"
             digest.update(file.read_bytes() if file.is_file() else b"")
-    base = here / "__pycache__"
-    if not os.access(base if base.is_dir() else here, os.W_OK):
-        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tapeline"
-    return base / f"kernels-{digest.hexdigest()}"
+    return cache_base() / f"kernels-{digest.hexdigest()}"
 
 
 numba.config.CACHE_DIR = str(cache_folder())

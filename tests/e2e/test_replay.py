@@ -275,7 +275,7 @@ def test_a_download_is_replayed_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "code", "said"),
     [
-        ("databento://GLBX.MDP3?symbols=ES.FUT&from=2024-01-02&to=2024-01-03", 2, "download it as a .dbn file"),
+        ("databento://GLBX.MDP3?symbols=ES.FUT&from=2024-01-02&to=2024-01-03", 78, "set DATABENTO_API_KEY"),
         ("tardis://deribit?symbol=BTC", 2, "unknown key 'symbol'"),
         ("odd.csv", 1, "is no Tardis CSV file"),
     ],

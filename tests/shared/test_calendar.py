@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from shared import calendar
 from shared.calendar import ALWAYS, EQUITY_INDEX, calendar_of, sessions
 from shared.errors import ConfigError
 
@@ -60,3 +63,19 @@ def test_which_calendar() -> None:
     assert calendar_of("SYNTH", "ES", {}) == ALWAYS
     with pytest.raises(ConfigError, match="unknown market calendar 'Nowhere'"):
         sessions("Nowhere")
+
+
+def test_a_computed_calendar_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calendar, "cache_base", lambda: tmp_path / "cache")
+    fresh = calendar.sessions.__wrapped__("CME Globex Crypto")
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert (np.load(kept) == fresh).all()
+    monkeypatch.setattr(calendar, "_computed", lambda name: pytest.fail("computed again"))
+    assert (calendar.sessions.__wrapped__("CME Globex Crypto") == fresh).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(calendar, "cache_base", lambda: tmp_path / "cache")
+    for damage in (b"", b"garbage", kept.read_bytes()[:200]):
+        kept.write_bytes(damage)
+        assert (calendar.sessions.__wrapped__("CME Globex Crypto") == fresh).all()
+    monkeypatch.setattr(calendar, "cache_base", lambda: kept)  # a file where a folder should be
+    assert (calendar.sessions.__wrapped__("CME Globex Crypto") == fresh).all()
