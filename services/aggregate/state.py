@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 import numpy as np
@@ -37,6 +37,7 @@ from services.aggregate.layout import (
     ring_seconds,
 )  # fmt: skip
 from services.aggregate.sessions import warm_at
+from shared.arrays import Growing, filled
 from shared.errors import ConfigError
 from shared.frames import CANDLE, FIXED, NS, STATE_COLUMNS, Rows
 from shared.instruments import feed_id, is_spread, option_series
@@ -81,36 +82,9 @@ class Registry(msgspec.Struct):
         return mine == (STATE_VERSION, config.max_lateness_sec, tuple(sorted(config.timeframes)), config.carry)
 
 
-class _Growing:
-    """An array that rows are appended to without copying it each time."""
-
-    def __init__(self, dtype: np.dtype[Any] | type, *tail: int, fill: Rows | None = None) -> None:
-        self._held = np.zeros((0, *tail), dtype)
-        self._fill = fill
-        self.rows = self._held
-
-    def extend(self, count: int) -> None:
-        """`count` more rows, as `fill` is (zeros without)."""
-        n = len(self.rows)
-        if n + count > len(self._held):
-            held = np.zeros((max(2 * n, n + count, 8), *self._held.shape[1:]), self._held.dtype)
-            held[:n] = self.rows
-            self._held = held
-        self.rows = self._held[: n + count]
-        if self._fill is not None:
-            self.rows[n:] = self._fill
-
-
-def _filled(dtype: np.dtype[Any], **values: float) -> Rows:
-    row = np.zeros(1, dtype)
-    for name, value in values.items():
-        row[name] = value
-    return row
-
-
-EMPTY_SECOND = _filled(SUMMARY, sec=NONE, revision=NONE)
-EMPTY_CLOSE = _filled(CLOSED, end_sec=NONE, front=NONE, revision=NONE)
-EMPTY_BAR = _filled(BAR, sec=NONE, front=NONE, revision=NONE, book_ns=NONE, ticker_ns=NONE)
+EMPTY_SECOND = filled(SUMMARY, sec=NONE, revision=NONE)
+EMPTY_CLOSE = filled(CLOSED, end_sec=NONE, front=NONE, revision=NONE)
+EMPTY_BAR = filled(BAR, sec=NONE, front=NONE, revision=NONE, book_ns=NONE, ticker_ns=NONE)
 NO_STATE = dict.fromkeys(STATE_COLUMNS[:9], np.nan)
 
 
@@ -142,14 +116,14 @@ class State:
         self.counters = np.zeros(len(COUNTERS), np.int64)
         chunks = self.size // CHUNK
         self._growing = {
-            "contracts": _Growing(CONTRACT), "minutes": _Growing(MINUTE, MINUTES, fill=_filled(MINUTE, minute=NONE)),
-            "contract_dirty": _Growing(np.int8),
-            "ring": _Growing(SUMMARY, self.size, fill=EMPTY_SECOND), "ring_dirty": _Growing(np.int8, chunks),
-            "roots": _Growing(ROOT), "closes": _Growing(CLOSED, self.size, fill=EMPTY_CLOSE),
-            "close_dirty": _Growing(np.int8, chunks),
-            "entities": _Growing(ENTITY), "bars": _Growing(BAR, slots, fill=EMPTY_BAR),
-            "features": _Growing(np.float64, featured, 2, FEATURE_STATE), "entity_dirty": _Growing(np.int8),
-            "bar_dirty": _Growing(np.int8, slots), "feature_dirty": _Growing(np.int8, featured),
+            "contracts": Growing(CONTRACT), "minutes": Growing(MINUTE, MINUTES, fill=filled(MINUTE, minute=NONE)),
+            "contract_dirty": Growing(np.int8),
+            "ring": Growing(SUMMARY, self.size, fill=EMPTY_SECOND), "ring_dirty": Growing(np.int8, chunks),
+            "roots": Growing(ROOT), "closes": Growing(CLOSED, self.size, fill=EMPTY_CLOSE),
+            "close_dirty": Growing(np.int8, chunks),
+            "entities": Growing(ENTITY), "bars": Growing(BAR, slots, fill=EMPTY_BAR),
+            "features": Growing(np.float64, featured, 2, FEATURE_STATE), "entity_dirty": Growing(np.int8),
+            "bar_dirty": Growing(np.int8, slots), "feature_dirty": Growing(np.int8, featured),
         }  # fmt: skip
         for name in self._growing:
             self._extend(name, count=0)
@@ -239,7 +213,7 @@ class State:
         self._extend("entities", "bars", "features", "entity_dirty", "bar_dirty", "feature_dirty")
         owner = self.contracts[contract] if root == NONE else self.roots[root]
         owner["entity"] = e
-        self.entities[e : e + 1] = _filled(
+        self.entities[e : e + 1] = filled(
             ENTITY, contract=contract, root=root, feed=owner["feed"], close=np.nan, **NO_STATE
         )
         self._growing["entity_dirty"].rows[e] = 1

@@ -91,8 +91,12 @@ class PartitionState(State):
             bodies = [b"".join(bodies)]
         for body in bodies:
             ticks = np.frombuffer(body, TICK)
-            if self._unwatched:
-                self._watch_from_first(ticks)
+            while self._unwatched and (found := self._first_watched(ticks)) is not None:
+                f, at = found  # what stands before it came before anybody watched that feed
+                self._run(ticks[:at], False)
+                first = int(ticks["ts_event_ns"][at])
+                self._clock(Clock(self.registry.feeds[f], first, watched_from_ns=first))
+                ticks = ticks[at:]
             self._run(ticks, False)
 
     def _run(self, ticks: Rows, waited: bool) -> None:
@@ -164,14 +168,17 @@ class PartitionState(State):
             self._expel(over, "no definition came before the tape's end")
         self._unwatched = bool((self.feeds["watched_ns"] == NONE).any())
 
-    def _watch_from_first(self, ticks: Rows) -> None:
-        """A feed that never said since when it is watched: since its first record."""
-        for f in np.flatnonzero(self.feeds["watched_ns"] == NONE):
+    def _first_watched(self, ticks: Rows) -> tuple[int, int] | None:
+        """(feed, row) of the first record of a feed that never said since when it is watched: since then."""
+        firsts = []
+        for f in np.flatnonzero(self.feeds["watched_ns"] == NONE).tolist():
             ids = self.contracts["id"][self.contracts["feed"] == f]
             found = np.flatnonzero(np.isin(ticks["instrument"], np.append(ids, self.feeds[f]["id"])))
-            if len(found):
-                first = int(ticks["ts_event_ns"][found[0]])
-                self._clock(Clock(self.registry.feeds[f], first, watched_from_ns=first))
+            firsts += [(int(found[0]), f)] if len(found) else []
+        if not firsts:
+            return None
+        at, f = min(firsts)
+        return f, at
 
     # -- messages ----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import math
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ from services.pressure.layout import (
     slots,
 )  # fmt: skip
 from services.pressure.measures import Key
+from shared.arrays import Growing, filled
 from shared.errors import ConfigError
 from shared.frames import NS, TICK, Rows
 from shared.instruments import feed_id, is_spread
@@ -82,34 +83,7 @@ class Hole(NamedTuple):
     end_ns: int
 
 
-class _Growing:
-    """An array that rows are appended to without copying it each time."""
-
-    def __init__(self, dtype: np.dtype[Any] | type, *tail: int, fill: Rows | None = None) -> None:
-        self._held = np.zeros((0, *tail), dtype)
-        self._fill = fill
-        self.rows = self._held
-
-    def extend(self, count: int) -> None:
-        """`count` more rows, as `fill` is (zeros without)."""
-        n = len(self.rows)
-        if n + count > len(self._held):
-            held = np.zeros((max(2 * n, n + count, 8), *self._held.shape[1:]), self._held.dtype)
-            held[:n] = self.rows
-            self._held = held
-        self.rows = self._held[: n + count]
-        if self._fill is not None:
-            self.rows[n:] = self._fill
-
-
-def _filled(dtype: np.dtype[Any], **values: float) -> Rows:
-    one = np.zeros(1, dtype)
-    for name, value in values.items():
-        one[name] = value
-    return one
-
-
-_CONTRACT = _filled(
+_CONTRACT = filled(
     CONTRACT, feed=NONE, market=NONE, under=NONE, key=NONE, multiplier=1.0, last_px=np.nan, previous_px=np.nan,
     quote_ns=NONE, bid_px=np.nan, ask_px=np.nan, run_ns=NONE,
 )  # fmt: skip
@@ -136,13 +110,13 @@ class State:
         self.registry = Registry(window_sec=config.window_sec, lateness_sec=config.max_lateness_sec)
         held = slots(config.window_sec, config.max_lateness_sec)
         self._growing = {
-            "contracts": _Growing(CONTRACT, fill=_CONTRACT),
-            "seen": _Growing(SEEN, held + 1, fill=_filled(SEEN, ns=NONE)),
-            "contract_dirty": _Growing(np.int8),
-            "markets": _Growing(MARKET), "feeds": _Growing(FEED), "unders": _Growing(UNDERLYING),
-            "closes": _Growing(CLOSE, held, fill=_filled(CLOSE, win=NONE, revision=NONE)),
-            "keys": _Growing(KEY), "cells": _Growing(CELL, held, fill=_filled(CELL, win=NONE, revision=NONE)),
-            "cell_dirty": _Growing(np.int8, held),
+            "contracts": Growing(CONTRACT, fill=_CONTRACT),
+            "seen": Growing(SEEN, held + 1, fill=filled(SEEN, ns=NONE)),
+            "contract_dirty": Growing(np.int8),
+            "markets": Growing(MARKET), "feeds": Growing(FEED), "unders": Growing(UNDERLYING),
+            "closes": Growing(CLOSE, held, fill=filled(CLOSE, win=NONE, revision=NONE)),
+            "keys": Growing(KEY), "cells": Growing(CELL, held, fill=filled(CELL, win=NONE, revision=NONE)),
+            "cell_dirty": Growing(np.int8, held),
         }  # fmt: skip
         for name in self._growing:
             self._extend(name, count=0)

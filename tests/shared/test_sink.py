@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,6 +35,7 @@ from tests.services.sink_sqlite.tape import (
     start_sink,
     stored_seq,
     table,
+    without_tail,
 )
 from tests.wait import on_disk, until
 
@@ -193,19 +192,6 @@ def test_redis_killed_and_back(server: EmbeddedRedis, path: Path, tmp_path: Path
     assert loop.counters["rewinds"] == 0
     assert table(path) == expected(*frames, at=tmp_path / "whole.db")
     bus.close()
-
-
-@contextmanager
-def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
-    """What is added inside is lost, as by a power cut: the server comes back with its older file."""
-    aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
-    on_disk(bus.client)
-    shutil.copy(aof, copy)
-    yield
-    server.kill()
-    shutil.copy(copy, aof)
-    server.start()
-    bus.client.connection_pool.disconnect()
 
 
 @pytest.mark.parametrize(

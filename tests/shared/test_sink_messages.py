@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import signal as signals
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +38,10 @@ from tests.services.sink_sqlite.tape import (
     stored_id,
     stored_seq,
     usage,
+    without_tail,
 )
 from tests.shared.test_batches import raw
-from tests.wait import on_disk, until
+from tests.wait import until
 
 TABLES = [table for tables in MESSAGE_TABLES.values() for table in tables]
 
@@ -59,19 +58,6 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     made.start()
     yield made
     made.stop()
-
-
-@contextmanager
-def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
-    """What is added inside is lost, as by a power cut: the server comes back with its older file."""
-    aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
-    on_disk(bus.client)
-    shutil.copy(aof, copy)
-    yield
-    server.kill()
-    shutil.copy(copy, aof)
-    server.start()
-    bus.client.connection_pool.disconnect()
 
 
 def caught_up(path: Path, seq: int, topic: str = "pressure", partition: int = 0) -> None:

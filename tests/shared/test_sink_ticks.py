@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +33,9 @@ from tests.services.sink_sqlite.tape import (
     stored_id,
     stored_seq,
     ticks,
+    without_tail,
 )
-from tests.wait import on_disk, until
+from tests.wait import until
 
 NAMES = [table.name for table in TICK_TABLES.values()]
 TICKS = ("ticks",)
@@ -54,19 +53,6 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     made.start()
     yield made
     made.stop()
-
-
-@contextmanager
-def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
-    """What is added inside is lost, as by a power cut: the server comes back with its older file."""
-    aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
-    on_disk(bus.client)
-    shutil.copy(aof, copy)
-    yield
-    server.kill()
-    shutil.copy(copy, aof)
-    server.start()
-    bus.client.connection_pool.disconnect()
 
 
 def caught_up(path: Path, entry: str, partition: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -45,8 +46,10 @@ from shared.messages import (
     Usage,
     encode,
 )  # fmt: skip
+from shared.redis_server import EmbeddedRedis
 from shared.settings import RedisSettings, Settings, Sink, Tapeline
 from shared.sink import SinkLoop, open_store
+from tests.wait import on_disk
 
 T0 = 1_703_545_260 * NS  # 2023-12-25T23:01:00Z
 NAMES = [("ES", "ESH4"), ("6E", "6EH4")]
@@ -319,6 +322,19 @@ def start_sink(
         "TAPELINE_SINK_MODES": modes,
     }
     return subprocess.Popen([sys.executable, "-c", code], env=env | ({"TAPELINE_TEST_FAULT": fault} if fault else {}))
+
+
+@contextmanager
+def without_tail(server: EmbeddedRedis, bus: Bus) -> Iterator[None]:
+    """What is added inside is lost, as by a power cut: the server comes back with its older file."""
+    aof, copy = server.folder / "appendonly.aof", server.folder / "older.aof"
+    on_disk(bus.client)
+    shutil.copy(aof, copy)
+    yield
+    server.kill()
+    shutil.copy(copy, aof)
+    server.start()
+    bus.client.connection_pool.disconnect()
 
 
 def query(path: Path, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
