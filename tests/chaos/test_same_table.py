@@ -20,7 +20,7 @@ import pytest
 from tests.chaos.crypto_tape import crypto_tape
 from tests.e2e.test_replay import nothing_left, stored
 from tests.e2e.test_up import environ
-from tests.shared.test_cli import tapeline
+from tests.shared.test_cli import OPTIONS, tapeline
 from tests.shared.test_supervise import below
 from tests.wait import until
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 OF_THE_RUN = frozenset(
     ("timestamp_out", "created_at", "latency_ms", "bus", "bus_seq", "row", "entry_ms", "entry_seq", "id")
 )
-CRYPTO = {"TAPELINE_SINK_MODES": "candles,ticks"}
+CRYPTO = {**OPTIONS, "TAPELINE_SINK_MODES": "candles,ticks"}
 Tables = dict[str, list[str]]
 
 

@@ -21,13 +21,13 @@ from shared.calendar import GLOBEX
 from shared.frames import NS, iso
 from tests.chaos.test_same_table import Tables, begin, disturbed, same, tables, workers
 from tests.e2e.test_replay import nothing_left
-from tests.shared.test_cli import tapeline
+from tests.shared.test_cli import OPTIONS, tapeline
 from tests.wait import until
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 Files = tuple[Path, Path]
-LEAN = {"TAPELINE_AGGREGATE_TIMEFRAMES": "1m", "TAPELINE_AGGREGATE_CANDLES_1S": "false"}
+LEAN = {**OPTIONS, "TAPELINE_AGGREGATE_TIMEFRAMES": "1m", "TAPELINE_AGGREGATE_CANDLES_1S": "false"}
 
 
 def made(folder: Path, **options: Any) -> tuple[OptionTape, Files]:

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.redis_server import answers
-from tests.shared.test_cli import tapeline
+from tests.shared.test_cli import NO_OPTIONS, OPTIONS, tapeline
 from tests.shared.test_supervise import below
 from tests.wait import until
 
@@ -31,7 +31,8 @@ QUICK = {"TAPELINE_REDIS_LEASE_SECONDS": "2"}
 def environ(folder: Path, **more: str) -> dict[str, str]:
     ours = ("TAPELINE_", "REDIS_", "DATABASE_", "DATABENTO_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    return clean | {"TAPELINE_STATE_DIR": str(folder / "state"), "TAPELINE_REDIS_PORT": "0", **QUICK} | more
+    ours_now = {"TAPELINE_STATE_DIR": str(folder / "state"), "TAPELINE_REDIS_PORT": "0", **NO_OPTIONS, **QUICK}
+    return clean | ours_now | more
 
 
 class Up:
@@ -79,14 +80,30 @@ class Up:
         return time.monotonic() - began
 
 
+@contextmanager
+def running(folder: Path, **more: str) -> Iterator[Up]:
+    """Stopped at the end, whatever happened."""
+    made = Up(folder, **more)
+    try:
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.stop(signal.SIGTERM)
+        for process in below(folder):
+            process.kill()
+
+
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Up]:
-    running = Up(tmp_path)
-    yield running
-    if running.process.poll() is None:
-        running.stop(signal.SIGTERM)
-    for process in below(tmp_path):
-        process.kill()
+    with running(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Iterator[Up]:
+    """With the stages of options."""
+    with running(tmp_path, **OPTIONS) as made:
+        yield made
 
 
 def nothing_left(folder: Path) -> None:
@@ -95,7 +112,8 @@ def nothing_left(folder: Path) -> None:
     assert left == set()
 
 
-def test_rows_arrive_and_ctrl_c_leaves_nothing(up: Up, tmp_path: Path) -> None:
+def test_rows_arrive_and_ctrl_c_leaves_nothing(whole: Up, tmp_path: Path) -> None:
+    up = whole
     up.grows()
     said = up.out.read_text()
     assert "append-only" in said.splitlines()[0]
@@ -133,8 +151,17 @@ def test_sigterm_stops_it_and_a_second_up_goes_on_where_it_was(up: Up, tmp_path:
     nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("victim", ["ingest-synthetic", "aggregate", "pressure", "signals", "sink-sqlite"])
+@pytest.mark.parametrize("victim", ["ingest-synthetic", "aggregate", "sink-sqlite"])
 def test_a_killed_worker_is_started_again(up: Up, victim: str) -> None:
+    killed(up, victim)
+
+
+def test_killed_stages_of_options_are_started_again(whole: Up) -> None:
+    for victim in ("pressure", "signals"):
+        killed(whole, victim)
+
+
+def killed(up: Up, victim: str) -> None:
     up.grows()
     pid = up.worker(victim)
     os.kill(pid, signal.SIGKILL)

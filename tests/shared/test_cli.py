@@ -29,13 +29,20 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 ALL = list(commands(cli))
 
 
+# Of the time in which a pipeline starts, the stages of options take a third. Tapes without options do without.
+NO_OPTIONS = {"TAPELINE_PRESSURE_WORKERS": "0"}
+OPTIONS = {"TAPELINE_PRESSURE_WORKERS": "1"}
+
+
 def tapeline(*args: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A command, ended; `replay` and `backfill` without the stages of options unless OPTIONS is given."""
+    fewer = NO_OPTIONS if args[0] in ("replay", "backfill") else {}
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith(("TAPELINE_", "REDIS_", "DATABASE_", "DATABENTO_"))
     }
     return subprocess.run(
         [sys.executable, "-P", "-m", "shared.cli", *args],
-        cwd=cwd, env=clean | environ, capture_output=True, text=True, timeout=60, check=False,
+        cwd=cwd, env=clean | fewer | environ, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
