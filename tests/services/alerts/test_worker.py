@@ -339,7 +339,7 @@ def test_the_commands(bus: Bus, receiver: Receiver, commands: Callable[[Settings
         publish(bus, *strikes(1, 2))
         first, second = settled(bus, 2)
     assert f"{first.id}  " in tl("list")
-    assert "to ops: sent after 1 attempts" in tl("list")
+    assert "to ops: sent after 1 attempt" in tl("list")
     assert tl("ack", first.id, "--by", "ann") == f"{first.id} acknowledged by ann\n"
     assert tl("ack", first.id) == f"{first.id} was acknowledged by ann before\n"
     assert [a["id"] for a in json.loads(tl("list", "--json"))] == [second.id]
