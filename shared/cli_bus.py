@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option, looking
+from shared.cli_common import echo_json, json_option, leaving_at_once, looking
 from shared.errors import TapelineError
 from shared.keys import TOPICS
 
@@ -123,7 +123,7 @@ def tail(
 
     from shared.tail import LINES, Tail, start_position
 
-    with looking(app.settings) as (bus, partitions):
+    with leaving_at_once(), looking(app.settings) as (bus, partitions):
         if not follow and start is None:
             start = "start"
         line = LINES[topic]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +49,24 @@ def echo_json(value: Any) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process where it stands (130): for commands that only look on, and have nothing to tidy up.
+
+    An exception instead may be raised amid the locks of a library, and leave the process hanging.
+    """
+
+    def leave(signum: int, _: object) -> None:
+        os.write(2, b"\ntapeline: interrupted\n")
+        os._exit(128 + signum)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def terminated(signum: int, _: object) -> NoReturn:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import json_option, looking
+from shared.cli_common import json_option, leaving_at_once, looking
 from shared.timeframes import name_of, seconds_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def watch(
             told = ", ".join(app.settings.aggregate.timeframes)
             click.echo(f"tapeline: no {timeframe} candles are made by these settings, only {told}", err=True)
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    with looking(app.settings) as (bus, partitions):
+    with leaving_at_once(), looking(app.settings) as (bus, partitions):
         if not follow and start is None:
             start = "start"
         found = Watch(bus, partitions, symbols, timeframes)
