@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from hashlib import blake2b
@@ -58,6 +59,21 @@ def sessions(name: str) -> Sessions:
         np.save(part, rows)
         part.replace(kept)
     return rows
+
+
+def joined(tables: Iterable[Sessions]) -> tuple[Sessions, list[tuple[int, int]]]:
+    """All calendars in one array, each once, and where each of `tables` stands in it: rows [from, to)."""
+    once: list[Sessions] = []
+    placed: dict[int, tuple[int, int]] = {}
+    spans = []
+    at = 0
+    for table in tables:
+        if id(table) not in placed:
+            placed[id(table)] = (at, at + len(table))
+            once.append(table)  # and so its id stays its own
+            at += len(table)
+        spans.append(placed[id(table)])
+    return np.concatenate(once) if once else np.zeros((0, 2), np.int64), spans
 
 
 def _kept(name: str) -> Path:

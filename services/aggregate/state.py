@@ -38,6 +38,7 @@ from services.aggregate.layout import (
 )  # fmt: skip
 from services.aggregate.sessions import warm_at
 from shared.arrays import Growing, filled
+from shared.calendar import joined
 from shared.errors import ConfigError
 from shared.frames import CANDLE, FIXED, NS, STATE_COLUMNS, Rows
 from shared.instruments import feed_id, is_spread, option_series
@@ -265,17 +266,9 @@ class State:
 
     def _place_calendars(self) -> None:
         """One copy of each calendar in `sessions`; every root points at its rows."""
-        tables: list[Rows] = []
-        placed: dict[int, tuple[int, int]] = {}
-        at = 0
-        for k, (venue, root) in enumerate(self.registry.roots):
-            table = self.config.sessions(venue, root)
-            if id(table) not in placed:
-                placed[id(table)] = (at, at + len(table))
-                tables.append(table)
-                at += len(table)
-            self.roots[k]["calendar_from"], self.roots[k]["calendar_to"] = placed[id(table)]
-        self.sessions = np.concatenate(tables) if tables else np.zeros((0, 2), np.int64)
+        self.sessions, spans = joined(self.config.sessions(venue, root) for venue, root in self.registry.roots)
+        for k, span in enumerate(spans):
+            self.roots[k]["calendar_from"], self.roots[k]["calendar_to"] = span
         self._table = None
 
     def _index(self) -> None:

@@ -40,6 +40,7 @@ from services.pressure.layout import (
 )  # fmt: skip
 from services.pressure.measures import Key
 from shared.arrays import Growing, filled
+from shared.calendar import joined
 from shared.errors import ConfigError
 from shared.frames import NS, TICK, Rows
 from shared.instruments import feed_id, is_spread
@@ -281,17 +282,9 @@ class State:
 
     def _place_calendars(self) -> None:
         """One copy of each calendar in `sessions`; every market points at its rows."""
-        tables: list[Rows] = []
-        placed: dict[int, tuple[int, int]] = {}
-        at = 0
-        for m, (venue, root) in enumerate(self.registry.markets):
-            table = self.config.sessions(venue, root)
-            if id(table) not in placed:
-                placed[id(table)] = (at, at + len(table))
-                tables.append(table)
-                at += len(table)
-            self.markets[m]["calendar_from"], self.markets[m]["calendar_to"] = placed[id(table)]
-        self.sessions = np.concatenate(tables) if tables else np.zeros((0, 2), np.int64)
+        self.sessions, spans = joined(self.config.sessions(venue, root) for venue, root in self.registry.markets)
+        for m, span in enumerate(spans):
+            self.markets[m]["calendar_from"], self.markets[m]["calendar_to"] = span
         self._arrays = None
 
     # -- the committed form ------------------------------------------------------------------
