@@ -28,10 +28,9 @@ from shared.messages import Clock, Disconnect, Gap, Instrument, decode, encode
 from shared.registry import TOOLS, resolve
 from shared.replay import Progress, Summary
 from shared.settings import Settings
-from shared.sink import Store
+from shared.sink import Store, store_of
 from shared.sources import Playable
 from shared.stages import STAGES, enabled
-from shared.stores import parse
 from shared.tables import MESSAGE_TABLES, TABLES, key_of
 from shared.worker import Core, Stage
 
@@ -62,13 +61,6 @@ class Grouped(Protocol):
     starts: list[int]
 
 
-def store_of(url: str, ohlc_bars: bool = True) -> Store:
-    """The store behind a URL, not yet open. Raises ConfigError for one that this version cannot write."""
-    parsed = parse(url)
-    make = resolve(TOOLS[f"store-{parsed.scheme}"])
-    return cast("Store", make(parsed.path, ohlc_bars=ohlc_bars))
-
-
 def identity(tapes: Sequence[Playable]) -> str:
     """The identity of a backfill in the store: the same for the same tapes, in any order."""
     names = sorted(f"{tape.feed}:{tape.tape}" for tape in tapes)
@@ -81,7 +73,7 @@ def run(tapes: Sequence[Playable], settings: Settings, tell: Tell, stop: threadi
     Raises what a source, the store or a calendar finds wrong; what came before it is stored.
     """
     began = time.monotonic()
-    store = store_of(settings.tapeline.store, settings.sink.ohlc_bars)
+    store = store_of(settings, stop)
     try:
         store.open()
     except StoreUnavailable as error:

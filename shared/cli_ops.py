@@ -76,12 +76,12 @@ def _json(value: Any) -> str:
 @click.pass_obj
 def check(app: App, as_json: bool) -> None:
     """Whether the settings can work together; says the first thing that is wrong (exit 78)."""
-    from shared.stores_check import sqlite_path
+    from shared.stores import parse
     from shared.supervise import programs
 
     _calendars(app.settings)
     chosen = [worker for program in programs(app.settings) for worker in program.workers()]
-    sqlite_path(app.settings.tapeline.store)
+    parse(app.settings.tapeline.store)
     if as_json:
         echo_json({"fine": True, "workers": chosen})
         return

@@ -35,9 +35,9 @@ def up(app: App) -> None:
     directory (TAPELINE_STATE_DIR).
     """
     from shared import supervise
-    from shared.stores_check import sqlite_path
+    from shared.stores import parse
 
-    sqlite_path(app.settings.tapeline.store)
+    parse(app.settings.tapeline.store)
     chosen = supervise.programs(app.settings)
     at = supervise.layout(app.settings)
     lock = supervise.claim(at)

@@ -28,7 +28,11 @@ SERVICES = {
     "signals": "services.signals.worker:run",
     "alerts": "services.alerts.worker:run",
     "sink-sqlite": "services.sink_sqlite.worker:run",
+    "sink-timescale": "services.sink_timescale.worker:run",
+    "sink-bigquery": "services.sink_bigquery.worker:run",
 }
+# Scheme of a store's URL -> the service that writes it.
+SINKS = {"sqlite": "sink-sqlite", "postgresql": "sink-timescale", "bigquery": "sink-bigquery"}
 # Of the services that play a tape: the source alone, `open(settings, args)`, see shared.sources.make.
 TAPES = {
     "ingest-files": "services.ingest.worker:open_files",
@@ -44,7 +48,9 @@ TOOLS = {
     "pressure-stage": "services.pressure.worker:PressureStage",
     "signals-stage": "services.signals.worker:SignalStage",
     "alerts-test": "services.alerts.channels:send_test",
-    "store-sqlite": "services.sink_sqlite.store:SqliteStore",
+    "store-sqlite": "services.sink_sqlite.store:of",
+    "store-postgresql": "services.sink_timescale.store:of",
+    "store-bigquery": "services.sink_bigquery.store:of",
     "warm-aggregate": "services.aggregate.core:warm",
     "warm-pressure": "services.pressure.kernel:warm",
     "warm-ingest": "services.ingest.normalize:warm",

@@ -16,15 +16,17 @@ import msgspec
 from shared.bus import Bus
 from shared.errors import Unavailable
 from shared.keys import TOPICS
+from shared.registry import SINKS
 from shared.settings import Settings
 from shared.sources import SourceSpec, programs
 from shared.stages import readers
 from shared.status import Reader
-from shared.stores import read_rows
+from shared.stores import parse, read_rows
 from shared.supervise import Program, redis_program, stage_programs
 from shared.supervision import Supervision
 
 POLL_SECONDS = 0.1
+BIGQUERY_BATCH_MS = 5000
 # Any error that a worker reports ends a replay; only what was killed, or found no server (75), is started again.
 FINAL = (0, 1, 2, 78)
 
@@ -82,10 +84,14 @@ def settings_of(plan: Plan, settings: Settings) -> Settings:
     if plan.frame_records is not None:
         ingest = msgspec.structs.replace(ingest, frame_records=plan.frame_records)
     aggregate = msgspec.structs.replace(settings.aggregate, workers=plan.aggregators)
+    # Nobody pays for the time until a batch of this size is old enough.
+    bigquery = msgspec.structs.replace(settings.bigquery, batch_ms=min(settings.bigquery.batch_ms, BIGQUERY_BATCH_MS))
     # Downloads outlive the replay.
     kept = settings.tardis.download_dir or str(Path(settings.tapeline.state_dir).absolute() / "tardis")
     tardis = msgspec.structs.replace(settings.tardis, download_dir=kept)
-    return replace(settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis)
+    return replace(
+        settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis, bigquery=bigquery
+    )
 
 
 def programs_of(plan: Plan, settings: Settings) -> list[Program]:
@@ -93,11 +99,12 @@ def programs_of(plan: Plan, settings: Settings) -> list[Program]:
 
     Raises ConfigError for sources that cannot be replayed.
     """
+    sink = SINKS[parse(settings.tapeline.store).scheme]
     return [
         *([] if plan.redis else [redis_program()]),
         *(Program(service, (service, *args), final=FINAL) for service, args in programs(plan.sources, plan.speed)),
         *stage_programs(settings, FINAL),
-        Program("sink-sqlite", ("sink-sqlite",), final=FINAL),
+        Program(sink, (sink,), final=FINAL),
     ]
 
 

@@ -8,6 +8,7 @@ the environment. Every setting `section.name` has the environment variable `TAPE
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,13 +192,46 @@ class UsageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Sink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Batches close by rows or age, whichever is first. `modes`: `candles`, `ticks` (the raw records), or both.
 
-    `ohlc_bars`: keep the table of that name in step with `candles` (SQLite).
+    `ohlc_bars`: keep the table of that name in step with `candles` (SQLite; elsewhere it is a view).
     """
 
     modes: tuple[str, ...] = ("candles",)
     ohlc_bars: bool = True
     batch_rows: int = 5000
     batch_ms: int = 250
+
+
+class Timescale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The PostgreSQL store; all but `reader_role` is for TimescaleDB. 0 switches a policy off.
+
+    `compress_after_days` lies beyond any correction; `retention_days` are kept of candles, pressure and signals,
+    `ticks_retention_days` of the raw records. `reader_role` may read every table and view; empty: none is made.
+    """
+
+    chunk_days: int = 1
+    compress_after_days: int = 7
+    retention_days: int = 0
+    ticks_retention_days: int = 30
+    rollups: bool = True
+    reader_role: str = "tapeline_reader"
+
+
+class BigQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The BigQuery store. `method`: load (Parquet load jobs, free), storage_write (Storage Write API) or insert_all.
+
+    Without `project` and `dataset`, those of a bigquery:// store. Batches close by `batch_rows` or `batch_ms`.
+    `endpoint`: a local server instead of Google's (HTTP; `grpc_endpoint` its gRPC side).
+    """
+
+    project: str = ""
+    dataset: str = ""
+    location: str = "US"
+    method: str = "load"
+    batch_rows: int = 50_000
+    batch_ms: int = 60_000
+    ticks_expire_days: int = 30
+    endpoint: str = ""
+    grpc_endpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,6 +250,8 @@ class Settings:
     alerts: AlertSettings = AlertSettings()
     usage: UsageSettings = UsageSettings()
     sink: Sink = Sink()
+    timescale: Timescale = Timescale()
+    bigquery: BigQuery = BigQuery()
     origin: dict[str, str] = field(default_factory=dict)
 
 
@@ -230,9 +266,15 @@ ALIASES = {
     "DATABENTO_SYMBOLS": "databento.symbols",
     "DATABENTO_STYPE": "databento.stype",
     "TARDIS_API_KEY": "tardis.api_key",
+    "GCP_PROJECT_ID": "bigquery.project",
+    "BIGQUERY_DATASET": "bigquery.dataset",
+    "BIGQUERY_BATCH_SIZE": "bigquery.batch_rows",
+    "BIGQUERY_BATCH_TIMEOUT": "bigquery.batch_ms",
     "TAPELINE_TIMEFRAMES": "aggregate.timeframes",
 }
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+BIGQUERY_METHODS = ("load", "storage_write", "insert_all")
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}")
 STYPES = ("parent", "raw_symbol", "continuous")
 SECRETS = frozenset({"databento.api_key", "tardis.api_key", "alerts.channels"})
 # Read by other parts of the program, not settings.
@@ -373,6 +415,17 @@ def _check(s: Settings) -> None:
         (s.aggregate.quiet_reset_seconds >= 60, "aggregate.quiet_reset_seconds", "at least 60"),
         (s.sink.batch_rows >= 1, "sink.batch_rows", "at least 1"),
         (s.sink.batch_ms >= 1, "sink.batch_ms", "at least 1"),
+        (s.timescale.chunk_days >= 1, "timescale.chunk_days", "at least 1"),
+        (min(s.timescale.compress_after_days, s.timescale.retention_days, s.timescale.ticks_retention_days) >= 0,
+         "timescale.compress_after_days", "0 (off) or more, as the retention days"),
+        (not s.timescale.reader_role or _ROLE.fullmatch(s.timescale.reader_role) is not None, "timescale.reader_role",
+         "letters, digits and _, beginning with a letter"),
+        (s.bigquery.method in BIGQUERY_METHODS, "bigquery.method", "load, storage_write or insert_all"),
+        (bool(s.bigquery.project) == bool(s.bigquery.dataset), "bigquery.dataset",
+         "set together with bigquery.project (GCP_PROJECT_ID and BIGQUERY_DATASET)"),
+        (s.bigquery.batch_rows >= 1, "bigquery.batch_rows", "at least 1"),
+        (s.bigquery.batch_ms >= 1, "bigquery.batch_ms", "at least 1"),
+        (s.bigquery.ticks_expire_days >= 0, "bigquery.ticks_expire_days", "0 (never) or more"),
     ]  # fmt: skip
     for fine, setting, want in rules:
         if not fine:

@@ -1,8 +1,9 @@
 """The sink loop: streams into a store, each row once.
 
 Rows and cursors go into the store in one transaction, so a crash at any instant neither loses nor
-doubles a row. While the store does not answer, the same batch is tried again and the streams hold the
-backlog; only what the store has is given free for trimming.
+doubles a row. Where several sinks write one store they share its partitions by leases, and the store
+refuses the batch of one that was overtaken. While the store does not answer, the same batch is tried
+again and the streams hold the backlog; only what the store has is given free for trimming.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import random
 import threading
 import time
 from collections import Counter
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import Protocol, cast
 
-from shared.batches import Batch, Cursor, CursorKey, batch_of
+from shared.batches import Batch, Cursor, CursorKey, Item, batch_of
 from shared.bus import Bus, worker_id
-from shared.errors import BusUnavailable, StoreUnavailable, TapelineError
+from shared.errors import BusUnavailable, Fenced, StoreUnavailable, TapelineError
 from shared.heartbeat import beat, leave
+from shared.leases import Leases
+from shared.registry import TOOLS, resolve
 from shared.settings import Settings
 from shared.sink_reader import MODES, Inbox, Reader
+from shared.sink_tail import after
+from shared.stores import parse
+from shared.worker import wait_for_bus
 
 log = logging.getLogger(__name__)
 
@@ -29,26 +36,54 @@ BACKOFF_MAX_SECONDS = 5.0
 
 
 class Store(Protocol):
-    """A store. `name` is the consumer's name on the bus, unique per store; `where` is for people."""
+    """A store. `name` is the consumer's name on the bus, unique per store; `where` is for people.
+
+    `sharing`: how several sinks may write it at once. `none`: one does; `leader`: one at a time, the others stand
+    by; `partitions`: each its share. `redo`: where the first batch has to end (and begin at `cursors`), because it
+    was begun by a sink that did not finish it; empty but for stores without transactions.
+    """
 
     name: str
     where: str
+    sharing: str
+    redo: dict[CursorKey, Cursor]
 
     def open(self) -> None:
         """Connect and migrate. Raises ConfigError, VersionError, StoreUnavailable."""
 
     def cursors(self) -> dict[CursorKey, Cursor]:
-        """How far each stream of each bus is stored."""
+        """How far each stream of each bus is stored. Raises StoreUnavailable."""
 
     def write(self, batch: Batch) -> int:
         """Write rows, dead letters and cursors in one transaction; returns the dead letters.
 
         First forgets what `batch.rewinds` names: ticks, late trades and dead letters of that stream
         from there on. Writing a batch again changes nothing, a mending one (Batch.mend) included.
-        Raises StoreUnavailable, and then nothing of the batch is stored.
+        Raises StoreUnavailable, and then nothing of the batch is stored (or, without transactions, the same batch
+        is to be written again); Fenced when another sink has written on from where this one stands.
         """
 
     def close(self) -> None: ...
+
+
+MakeStore = Callable[[Settings, threading.Event], Store]
+
+
+def store_of(settings: Settings, stop: threading.Event) -> Store:
+    """The store of the settings, not yet open; a long write in it ends soon after `stop`. Raises ConfigError."""
+    return cast("MakeStore", resolve(TOOLS[f"store-{parse(settings.tapeline.store).scheme}"]))(settings, stop)
+
+
+def serve(settings: Settings, stop: threading.Event, store: Store, service: str, rows: int, milliseconds: int) -> None:
+    """A sink service: what `sink.modes` names into the store until stopped; batches of `rows`, or of that age."""
+    # The store first: what is wrong with it is said at once, not when Redis comes up.
+    if not open_store(store, stop):
+        return
+    bus = wait_for_bus(settings, stop)
+    if bus is None:
+        store.close()
+        return
+    SinkLoop(bus, store, service, settings, stop, rows=rows, milliseconds=milliseconds).run()
 
 
 def open_store(store: Store, stop: threading.Event) -> bool:
@@ -70,14 +105,24 @@ def open_store(store: Store, stop: threading.Event) -> bool:
 
 
 class SinkLoop:
-    """Moves all partitions into one open store until `stop` is set.
+    """Moves partitions into one open store until `stop` is set: all, or its share of them.
 
-    Reads what `settings.sink.modes` names. `mend`: the rows were computed again over complete
-    history, see Batch. `counters`: rows, batches, dead_letters, rewinds, missing, ignored, store_waits.
+    Reads what `settings.sink.modes` names; batches as `settings.sink` says unless `rows` and `milliseconds` do.
+    `mend`: the rows were computed again over complete history, see Batch. `counters`: rows, batches,
+    dead_letters, rewinds, missing, ignored, store_waits, fenced.
     """
 
     def __init__(
-        self, bus: Bus, store: Store, service: str, settings: Settings, stop: threading.Event, *, mend: bool = False
+        self,
+        bus: Bus,
+        store: Store,
+        service: str,
+        settings: Settings,
+        stop: threading.Event,
+        *,
+        mend: bool = False,
+        rows: int = 0,
+        milliseconds: int = 0,
     ) -> None:
         self.mend = mend
         self.topics = [topic for mode, topics in MODES.items() if mode in settings.sink.modes for topic in topics]
@@ -86,8 +131,22 @@ class SinkLoop:
         self.worker = worker_id(service)
         self.counters: Counter[str] = Counter()
         self.cursors: dict[CursorKey, Cursor] = {}
-        self.inbox = Inbox(4 * settings.sink.batch_rows)
-        self._readers = [Reader(self, p) for p in range(settings.tapeline.partitions)]
+        self._rows = rows or settings.sink.batch_rows
+        self._seconds = (milliseconds or settings.sink.batch_ms) / 1000
+        self.inbox = Inbox(4 * self._rows)
+        self._readers: dict[int, Reader] = {}
+        self._redo: dict[CursorKey, Cursor] = {}
+        self._again: list[Item] = []
+        self._ahead: list[Item] = []
+        ttl_ms = int(settings.redis.lease_seconds * 1000)
+        partitions = settings.tapeline.partitions
+        self._leases = None
+        if store.sharing != "none":
+            leader = store.sharing == "leader"
+            self._leases = Leases(store.name, self.worker, service, partitions, ttl_ms, leader=leader)
+        self._mine = [] if self._leases else list(range(partitions))
+        self._handed_over: set[int] = set()
+        self._beat_seconds = min(BEAT_SECONDS, ttl_ms / 3000)
         self._lock = threading.Lock()
         self._trouble = ""
         self._gave_up = False
@@ -96,24 +155,79 @@ class SinkLoop:
 
     def run(self) -> None:
         """Raises TapelineError for what waiting cannot mend; leaves within 5 s after `stop`."""
-        sink = self.settings.sink
         heart = threading.Thread(target=self._heartbeat, name="sink-heart", daemon=True)
         try:
-            self.cursors = self.store.cursors()
-            log.info("storing %d partitions into %s as '%s'", len(self._readers), self.store.where, self.consumer)
-            for thread in [heart, *(reader.thread for reader in self._readers)]:
-                thread.start()
+            log.info("storing into %s as '%s'", self.store.where, self.consumer)
+            heart.start()
             while not self.stop.is_set():
-                self._move(sink.batch_rows, sink.batch_ms / 1000, 0.2)
-            for reader in self._readers:
+                if self._tend():
+                    self._move(self._rows, self._seconds, 0.2)
+                else:
+                    self.stop.wait(0.05)
+            for reader in self._readers.values():
                 reader.thread.join(self._left())
-            while self._fatal is None and self._move(sink.batch_rows, 0.0, 0.0):
+            # What a store without transactions has begun it has to finish, for which there is no time now.
+            while self._fatal is None and self.store.sharing != "leader" and self._move(self._rows, 0.0, 0.0):
                 pass
         finally:
             self.stop.set()
             self._leave(heart)
         if self._fatal is not None:
             raise self._fatal
+
+    def _tend(self) -> bool:
+        """Read the partitions that are this sink's; False while it has none, or the store does not say where from."""
+        with self._lock:
+            mine = [p for p in self._mine if p not in self._handed_over]
+        gone = self._readers.keys() - set(mine)
+        if gone:
+            self._let_go(gone)
+        missing = [p for p in mine if p not in self._readers]
+        if missing:
+            try:
+                self.cursors = self.store.cursors()
+                self._begin_again()
+            except StoreUnavailable as error:
+                self._waits(error)
+                self.stop.wait(0.2)
+                return False
+            except BusUnavailable as error:
+                log.debug("not reading yet: %s", error)
+                self.stop.wait(0.2)
+                return False
+            for partition in missing:
+                self._readers[partition] = Reader(self, partition)
+                self._readers[partition].thread.start()
+            if self._leases:
+                log.info("storing partitions %s", ", ".join(map(str, sorted(self._readers))))
+        return bool(self._readers)
+
+    def _begin_again(self) -> None:
+        """A batch that a sink before this one has begun comes first, as it was."""
+        identity = self.bus.identity() if self.store.redo else ""
+        self._redo = {}
+        for key, cursor in self.store.redo.items():
+            bus, topic, partition = key
+            if bus != identity or topic not in self.topics:
+                continue
+            _, before, _ = self.bus.look(partition, topic, cursor.stream_id)
+            if before and before[0].decode() == cursor.stream_id:  # else the bus has lost it, and so its like
+                self._redo[key] = cursor
+        self._again, self._ahead = [], []
+
+    def _let_go(self, partitions: Collection[int]) -> None:
+        """Stop reading these; what is read but not stored is left to the next owner."""
+        for partition in partitions:
+            self._readers[partition].let_go.set()
+        for partition in list(partitions):
+            reader = self._readers.pop(partition)
+            while reader.thread.is_alive():  # it may wait for room
+                self.inbox.drop([partition])
+                reader.thread.join(0.05)
+            reader.close()
+        self.inbox.drop(partitions)
+        with self._lock:
+            self._handed_over |= set(partitions)
 
     def count(self, what: str) -> None:
         """One more of `what` in the counters."""
@@ -138,15 +252,43 @@ class SinkLoop:
         """
         if self._gave_up:
             return False
-        items = self.inbox.take(rows, seconds, patience)
+        items = self._take(rows, seconds, patience)
         if not items:
             return False
         batch = batch_of(items, mend=self.mend)
-        if not self._write(batch):
+        try:
+            if not self._write(batch):
+                return False
+        except Fenced as error:
+            # Another sink took over while this one was held up: nothing of the batch is stored by us.
+            log.warning("%s; reading on from where the store is", error)
+            self.count("fenced")
+            self._let_go(list(self._readers))
             return False
         for item in items:
             self._readers[item.source.partition].stored(item)
         return True
+
+    def _take(self, rows: int, seconds: float, patience: float) -> list[Item]:
+        """The items of the next batch; of one that is to be written again exactly its own."""
+        if not self._redo:
+            return self.inbox.take(rows, seconds, patience)
+        ahead: list[Item] = []
+        for item in self.inbox.take(rows, 0.0, patience):
+            key = (item.source.bus, item.source.topic, item.source.partition)
+            target = self._redo.get(key)
+            if target is not None and not after(item.source.id, target.stream_id):
+                self._again.append(item)
+                if item.source.id == target.stream_id:
+                    del self._redo[key]
+            else:
+                ahead.append(item)
+        self._ahead += ahead
+        if self._redo:
+            return []
+        self.inbox.back(self._ahead)
+        items, self._again, self._ahead = self._again, [], []
+        return items
 
     def _write(self, batch: Batch) -> bool:
         """Write, waiting for the store; False when it did not answer until the stop."""
@@ -155,10 +297,7 @@ class SinkLoop:
             try:
                 dead = self.store.write(batch)
             except StoreUnavailable as error:
-                if not self._trouble:
-                    log.warning("%s; trying again, the streams hold the backlog", error)
-                self._trouble = str(error)
-                self.count("store_waits")
+                self._waits(error)
             else:
                 break
             if self.stop.is_set():
@@ -178,6 +317,12 @@ class SinkLoop:
             self.counters.update(rows=batch.rows, batches=1, dead_letters=dead, ignored=batch.ignored)
         return True
 
+    def _waits(self, error: StoreUnavailable) -> None:
+        if not self._trouble:
+            log.warning("%s; trying again, the streams hold the backlog", error)
+        self._trouble = str(error)
+        self.count("store_waits")
+
     def _heartbeat(self) -> None:
         """A thread of its own, so that neither a slow store nor a slow Redis holds up the other."""
         bus: Bus | None = None
@@ -186,14 +331,26 @@ class SinkLoop:
                 bus = bus or self.bus.clone()
                 with self._lock:
                     counters = dict(self.counters)
-                beat(bus, self.worker, self.service, list(range(len(self._readers))), self._detail(), counters)
+                beat(bus, self.worker, self.service, list(self._mine), self._detail(), counters)
+                if self._leases:
+                    self._share(bus, self._leases)
             except BusUnavailable as error:
                 log.debug("no heartbeat: %s", error)
             except TapelineError as error:
                 self.failed(error)
-            self.stop.wait(BEAT_SECONDS)
+            self.stop.wait(self._beat_seconds)
         if bus is not None:
             bus.close()
+
+    def _share(self, bus: Bus, leases: Leases) -> None:
+        """Renew and take leases, and give up those whose partitions are handed over."""
+        with self._lock:
+            done, self._handed_over = self._handed_over, set()
+            self._mine = [p for p in self._mine if p not in done]
+        leases.release(bus, done)
+        spare = leases.tend(bus)
+        with self._lock:
+            self._mine = [p for p in leases.mine if p not in spare]
 
     def _detail(self) -> str:
         with self._lock:
@@ -201,14 +358,17 @@ class SinkLoop:
         return f"{counts or 'rows 0'}{'; waiting: ' + self._trouble if self._trouble else ''}"
 
     def _leave(self, heart: threading.Thread) -> None:
-        for thread in [heart, *(reader.thread for reader in self._readers)]:
+        readers = list(self._readers.values())
+        for thread in [heart, *(reader.thread for reader in readers)]:
             if thread.ident is not None:
                 thread.join(self._left())
-        for reader in self._readers:
+        for reader in readers:
             if not reader.thread.is_alive():
                 reader.close()
         try:
-            if any(reader.healthy for reader in self._readers):
+            if not readers or any(reader.healthy for reader in readers):
+                if self._leases and not heart.is_alive():
+                    self._leases.release(self.bus)
                 leave(self.bus, self.worker)
         except TapelineError as error:
             log.info("could not say goodbye: %s", error)

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +77,21 @@ class Inbox:
             self._changed.notify_all()
             return taken
 
+    def back(self, items: list[Item]) -> None:
+        """Put what was taken back in front."""
+        with self._changed:
+            self._items.extendleft((time.monotonic(), item) for item in reversed(items))
+            self._rows += sum(item.weight for item in items)
+            self._changed.notify_all()
+
+    def drop(self, partitions: Collection[int]) -> None:
+        """Forget what is here of these partitions: the store has not got it, so it is read again."""
+        with self._changed:
+            kept = [entry for entry in self._items if entry[1].source.partition not in partitions]
+            self._items = deque(kept)
+            self._rows = sum(item.weight for _, item in kept)
+            self._changed.notify_all()
+
 
 class Hub(Protocol):
     """What the readers of a sink share."""
@@ -113,7 +128,7 @@ class Place:
 
 
 class Reader:
-    """Reads one partition's topics until `stop`; also tells Redis what is stored, and trims.
+    """Reads one partition's topics until `stop` or `let_go`; also tells Redis what is stored, and trims.
 
     `healthy`: Redis answered when last asked.
     """
@@ -125,11 +140,15 @@ class Reader:
         self._bus: Bus | None = None
         self._identity = ""
         self.healthy = False
+        self.let_go = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"sink-{partition}", daemon=True)
 
     def stored(self, item: Item) -> None:
         """The writer has this item in the store (called from its thread)."""
         self.places[item.source.topic].stored = (item.epoch, item.source.id)
+
+    def _done(self) -> bool:
+        return self.let_go.is_set() or self.hub.stop.is_set()
 
     def close(self) -> None:
         """After the thread has ended: tell Redis the last of what is stored, if it answers."""
@@ -146,7 +165,7 @@ class Reader:
 
     def _run(self) -> None:
         wait, told = 0.05, False
-        while not self.hub.stop.is_set():
+        while not self._done():
             try:
                 self._bus = self._bus or self.hub.bus.clone()
                 self._attach(self._bus)
@@ -154,7 +173,7 @@ class Reader:
                 if told:
                     log.info("partition %d: Redis answers again", self.partition)
                 wait, told = 0.05, False
-                while not self.hub.stop.is_set():
+                while not self._done():
                     self._turn(self._bus)
             except BusUnavailable as error:
                 self.healthy = False
@@ -285,7 +304,7 @@ class Reader:
             place.after, self._known.learn(bus, frame) if frame is not None and topic == "ticks" else {},
         )  # fmt: skip
         while not self.hub.inbox.put(item, 0.2):
-            if self.hub.stop.is_set():
+            if self._done():
                 return False
             self._acknowledge(bus)
         place.seq, place.id, place.rewound = seq, source.id, False

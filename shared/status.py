@@ -106,7 +106,7 @@ class Reader:
             behind = 0.0 if position == newest else max(0.0, (_order(newest)[0] - _order(position)[0]) / 1000)
             if position == "0-0":
                 behind = 0.0
-            owner = self._owner(partition, name, now_ms) if name in STAGES else ""
+            owner = self._owner(partition, name, now_ms)
             holds = position != newest and _order(position) == lowest
             consumers.append(
                 Consumer(name, position, records, entries, behind, bool(exact), last.decode(), owner, holds)

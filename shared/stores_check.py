@@ -1,4 +1,7 @@
-"""Whether a store can be used, before anything is started for it."""
+"""Whether a store can be used, before anything is started for it.
+
+Of a store on a server only the URL is looked at here, and by `doctor` more.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,16 @@ from shared.errors import ConfigError
 from shared.stores import parse
 
 
-def sqlite_path(store: str) -> Path:
-    """File behind a SQLite store URL. Raises ConfigError for any other URL."""
-    parsed = parse(store)
-    if parsed.scheme != "sqlite":
-        raise ConfigError(f"'{parsed.shown}' is no store that this version can write: use sqlite:///tapeline.db")
-    return parsed.path
-
-
 def check_store(store: str) -> str:
     """Look whether rows could be written, and write none; returns one line about the store.
 
     Raises ConfigError with the remedy.
     """
-    path = sqlite_path(store)
+    parsed = parse(store)
+    return _check_sqlite(parsed.path) if parsed.scheme == "sqlite" else parsed.shown
+
+
+def _check_sqlite(path: Path) -> str:
     folder = path.absolute().parent
     if path.is_dir():
         raise ConfigError(f"the store {path} is a folder: name a file in it, such as sqlite:///{path}/tapeline.db")

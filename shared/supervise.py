@@ -23,6 +23,7 @@ from shared.errors import ConfigError
 from shared.redis_server import EmbeddedRedis, listens, remove_socket, socket_path
 from shared.settings import SECTIONS, Settings, env_name, load
 from shared.stages import enabled
+from shared.stores import parse
 
 # `-P`: whatever lies in the working directory is not mistaken for this program's packages.
 PYTHON = (sys.executable, "-P", "-m")
@@ -115,9 +116,13 @@ def programs(settings: Settings) -> list[Program]:
     out += stage_programs(settings)
     if settings.alerts.channels:
         out.append(Program("alerts", ("alerts",)))
-    if settings.tapeline.store.startswith("sqlite:"):
-        out.append(Program("sink-sqlite", ("sink-sqlite",)))
-    return out
+    return out + [Program(sink, (sink,)) for sink in sinks(settings)]
+
+
+def sinks(settings: Settings) -> list[str]:
+    """The sinks that these settings run: that of the store, and BigQuery's where a project is named."""
+    chosen = [registry.SINKS[parse(settings.tapeline.store).scheme]]
+    return chosen + (["sink-bigquery"] if settings.bigquery.project and "sink-bigquery" not in chosen else [])
 
 
 def stage_programs(settings: Settings, final: tuple[int, ...] = (0, 78)) -> list[Program]:

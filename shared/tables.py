@@ -82,6 +82,17 @@ class TickTable:
     columns: tuple[str, ...]
 
 
+LATE_COLUMNS = (
+    "bus", "partition", "bus_seq", "row", "ticker", "symbol", "ts_event", "ts_event_ns", "ts_recv_ns",
+    "price", "size", "side", "watermark_ns",
+)  # fmt: skip
+LATE_KEY = LATE_COLUMNS[:4]
+GAP_COLUMNS = ("feed", "symbols", "start_ns", "end_ns", "start", "end", "reason")
+GAP_KEY = ("feed", "start_ns", "end_ns", "symbols")
+DEAD_COLUMNS = (
+    "at", "bus", "topic", "partition", "seq", "stream_id", "table_name", "row_number", "reason", "row",
+)  # fmt: skip
+DEAD_KEY = ("bus", "topic", "partition", "stream_id", "table_name", "row_number")
 PLACE_COLUMNS = ("bus", "partition", "entry_ms", "entry_seq", "row")
 _TICK_HEAD = ("timestamp", "timestamp_ns", "local_timestamp_ns", "exchange", "symbol")
 _BEST = ("bid_price", "bid_amount", "ask_price", "ask_amount")
@@ -231,6 +242,33 @@ _TIMES = {
     "dead_letters": "at", "usage": "timestamp",
     **{table.name: table.time for tables in MESSAGE_TABLES.values() for table in tables},
 }  # fmt: skip
+
+
+# Instants of the tables that no definition above gives a unit: how fine a text of them is.
+_UNITS = {
+    "timestamp_out": "us", "created_at": "us", "at": "us", "ts_event": "ns", "start": "ns", "end": "ns",
+    "time": "s", "timestamp_in": "s",
+}  # fmt: skip
+
+
+def instant_unit(table: str, column: str) -> str | None:
+    """How fine every store tells an instant (`s`, `us`, `ns`); None for a column that is none.
+
+    A column whose unit is ns has one of integers beside it, `<column>_ns`.
+    """
+    for tables in MESSAGE_TABLES.values():
+        for some in tables:
+            if some.name == table:
+                found = next((c for c in some.columns if c.name == column), None)
+                if found is not None:
+                    return found.unit if found.sort == "time" else None
+    if table in (t.name for t in TICK_TABLES.values()):
+        return INSTANTS.get(column)
+    if table == "ohlc_bars" and column == "timestamp":
+        return "s"
+    if table == "usage" and column == "timestamp":
+        return "us"
+    return _UNITS.get(column)
 
 
 def time_column(table: str) -> str:

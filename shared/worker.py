@@ -18,6 +18,7 @@ from shared.bus import Bus, Limits, Step, worker_id
 from shared.errors import BusUnavailable, ConfigError, Fenced, TapelineError, Unavailable
 from shared.frames import Frame
 from shared.heartbeat import beat, leave, living
+from shared.leases import fair_share
 from shared.settings import Settings
 from shared.stages import STAGES, enabled, readers
 
@@ -87,24 +88,21 @@ class Worker:
                 part.let_go.set()
         workers = living(self.bus, self.ttl_ms, self.stage.name)
         partitions = self.settings.tapeline.partitions
-        share = -(-partitions // max(1, len(workers)))
-        spare = [p for p in self._owned.values() if not p.let_go.is_set()]
-        for part in spare[share:]:
-            log.info("handing over partition %d of %s", part.number, self.stage.name)
-            part.let_go.set()
-        # Each worker looks first where its rank points, so that newcomers do not all grab the same.
-        rank = next((i for i, w in enumerate(workers) if w.worker == self.id), 0)
-        wanted = share - len(spare)
-        for i in range(partitions):
-            partition = (rank * share + i) % partitions
-            if wanted <= 0 or self.stop.is_set():
+        owned = [number for number, part in self._owned.items() if not part.let_go.is_set()]
+        share = fair_share(workers, self.id, partitions, owned)
+        for partition in share.spare:
+            log.info("handing over partition %d of %s", partition, self.stage.name)
+            self._owned[partition].let_go.set()
+        left = share.wanted
+        for partition in share.order:
+            if left <= 0 or self.stop.is_set():
                 break
             if partition in self._owned:
                 continue
             token = self.bus.acquire(partition, self.stage.name, self.id, self.ttl_ms)
             if token is not None:
                 self._owned[partition] = _Partition(self, partition, token)
-                wanted -= 1
+                left -= 1
 
     def failed(self, error: BaseException) -> None:
         """A partition met something that restarting cannot mend."""

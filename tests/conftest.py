@@ -10,6 +10,7 @@ import pytest
 
 from shared.bus import Bus
 from shared.redis_server import EmbeddedRedis
+from tests.postgres import PostgresServer
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +44,34 @@ def bus(redis_server: EmbeddedRedis) -> Iterator[Bus]:
 def store_url(tmp_path: Path) -> str:
     """URL of a SQLite store that does not exist yet."""
     return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture(scope="session")
+def postgres_servers() -> Iterator[dict[str, PostgresServer]]:
+    """PostgreSQL servers by version (tests.postgres.versions), started as they are asked for."""
+    servers: dict[str, PostgresServer] = {}
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture
+def postgres(postgres_servers: dict[str, PostgresServer], request: pytest.FixtureRequest) -> PostgresServer:
+    """A running server: PostgreSQL 16, or the version that the test is parametrized with (`indirect`)."""
+    version = getattr(request, "param", "16")
+    if version not in postgres_servers:
+        postgres_servers[version] = PostgresServer(version)
+    return postgres_servers[version].start()
+
+
+@pytest.fixture
+def pg_url(postgres: PostgresServer) -> Iterator[str]:
+    """URL of an empty database of its own."""
+    name = f"t{uuid.uuid4().hex[:10]}"
+    postgres.sql(f"CREATE DATABASE {name}")
+    yield postgres.url(name)
+    postgres.start()
+    postgres.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")

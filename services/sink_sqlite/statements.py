@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.sink_sqlite.rows import GAP_COLUMNS, LATE_COLUMNS
 from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
-from shared.tables import HISTORY_COLUMNS, MESSAGE_TABLES, PLACE_COLUMNS, TABLES, TICK_TABLES, MessageTable, Table
+from shared.tables import (
+    DEAD_COLUMNS,
+    GAP_COLUMNS,
+    GAP_KEY,
+    HISTORY_COLUMNS,
+    LATE_COLUMNS,
+    LATE_KEY,
+    MESSAGE_TABLES,
+    PLACE_COLUMNS,
+    TABLES,
+    TICK_TABLES,
+    MessageTable,
+    Table,
+)
 from shared.timeframes import UNITS
 
 _MESSAGES = [table for tables in MESSAGE_TABLES.values() for table in tables]
@@ -66,16 +78,18 @@ WRITE = {
        for t in TABLES.values()},
     **{t.name: _upsert(t.name, t.columns, PLACE_COLUMNS) for t in TICK_TABLES.values()},
     **{t.name: _upsert(t.name, t.names, t.key, f"WHERE excluded.{t.order} >= {t.name}.{t.order}") for t in _MESSAGES},
-    "late_trades": _upsert("late_trades", LATE_COLUMNS, LATE_COLUMNS[:4]),
+    "late_trades": _upsert("late_trades", LATE_COLUMNS, LATE_KEY),
 }  # fmt: skip
 MEND = {
     **{t.name: _mend_candles(t) for t in TABLES.values()},
     **{t.name: _mend_messages(t) for t in _MESSAGES if t.order == "revision"},
 }
-GAPS = _upsert("gaps", GAP_COLUMNS, ("feed", "start_ns", "end_ns", "symbols"))
+GAPS = _upsert("gaps", GAP_COLUMNS, GAP_KEY)
 CURSORS = _upsert("sink_cursors", ("bus", "topic", "partition", "seq", "stream_id"), ("bus", "topic", "partition"))
-DEAD = """INSERT INTO dead_letters (at, bus, topic, partition, seq, stream_id, table_name, row_number, reason, row)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+DEAD = (
+    f"INSERT INTO dead_letters ({', '.join(DEAD_COLUMNS)}) "  # noqa: S608
+    f"VALUES ({', '.join('?' * len(DEAD_COLUMNS))}) ON CONFLICT DO NOTHING"
+)
 
 # A trigger would do the same, and was measured to take twice as long.
 _BARS = f"""INSERT INTO ohlc_bars

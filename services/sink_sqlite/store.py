@@ -10,6 +10,7 @@ import logging
 import operator
 import os
 import sqlite3
+import threading
 import time
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from services.sink_sqlite.rows import Bound, Prepared, gap, prepare
+from services.sink_sqlite.form import SqliteForm
 from services.sink_sqlite.schema import migrate
 from services.sink_sqlite.statements import (
     BARS_OF_KEY,
@@ -35,12 +36,16 @@ from services.sink_sqlite.statements import (
 from shared import faults
 from shared.batches import Batch, Cursor, CursorKey, DeadLetter, iso_texts
 from shared.errors import ConfigError, StoreUnavailable, TapelineError
+from shared.settings import Settings
 from shared.stages import PRODUCER
+from shared.store_rows import Bound, Prepared, gaps, prepare
+from shared.stores import parse
 from shared.tables import TABLES
 
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 1.0
+FORM = SqliteForm()
 CACHE_KIB = 65536
 # What SQLite raises about one row, not about the database.
 _REFUSED = (
@@ -64,6 +69,7 @@ class SqliteStore:
         self.path = Path(path)
         self.where = f"SQLite {self.path}"
         self.name = f"sqlite:{blake2b(os.fsencode(self.path.resolve()), digest_size=4).hexdigest()}"
+        self.sharing, self.redo = "none", dict[CursorKey, Cursor]()
         self._busy_seconds, self._ohlc_bars = busy_seconds, ohlc_bars
         self._held: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
@@ -136,7 +142,7 @@ class SqliteStore:
             raise TapelineError(
                 f"{self.where} was removed or replaced while the sink had it open: start the sink again"
             )
-        prepared, unsound = prepare(batch)
+        prepared, unsound = prepare(batch, FORM)
         dead = batch.dead + unsound
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -147,7 +153,7 @@ class SqliteStore:
                 dead += _insert(connection, sql or WRITE[rows.table], rows)
                 if rows.table == "candles" and self._ohlc_bars:
                     _follow(connection, rows, newest)
-            connection.executemany(GAPS, [gap(message) for message in batch.gaps])
+            connection.executemany(GAPS, zip(*gaps(batch, FORM), strict=True))
             _bury(connection, dead)
             connection.executemany(CURSORS, [(*key, *cursor) for key, cursor in batch.cursors.items()])
             faults.point("sink:before-commit")
@@ -178,6 +184,14 @@ class SqliteStore:
         connection, self._held = self._held, None
         if connection is not None:
             connection.close()
+
+
+def of(settings: Settings, stop: threading.Event) -> SqliteStore:  # noqa: ARG001
+    """The store of the settings, not yet open. Raises ConfigError for one that is no SQLite."""
+    url = parse(settings.tapeline.store)
+    if url.scheme != "sqlite":
+        raise ConfigError(f"sink-sqlite writes sqlite:/// stores, TAPELINE_STORE is {url.shown}")
+    return SqliteStore(url.path, ohlc_bars=settings.sink.ohlc_bars)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ import pytest
 
 from services.ingest.dbn_file import DbnFiles
 from services.ingest.synthetic import generate
+from services.sink_sqlite.store import SqliteStore
 from shared import backfill
 from shared.frames import NS
 from shared.messages import Gap
@@ -224,7 +225,7 @@ class Slow:
 def test_a_store_that_is_held_is_waited_for(tape: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     db = tmp_path / "s.db"
     run(tape, tmp_path / "whole.db")
-    backfill.store_of(f"sqlite:///{db}").open()
+    SqliteStore(db).open()
     holder = sqlite3.connect(db, isolation_level=None, check_same_thread=False)
     holder.execute("BEGIN IMMEDIATE")
     done: list[Summary] = []

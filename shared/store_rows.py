@@ -1,14 +1,14 @@
-"""Rows of the bus as tuples of Python values, in the column order of the SQLite tables.
+"""Rows of the bus as columns of a store's own values, in the column order of its tables.
 
-Whole columns are converted at once. NaN needs nothing: SQLite stores a bound NaN as NULL.
+What a row is, and which of two wins, is the same in every store; how a store wants an instant, an undefined
+number, a flag or a list is its `Form`. Whole columns are converted at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,26 +20,31 @@ from shared.batches import (
     MessageRow,
     Source,
     dead_row,
-    iso_texts,
     join,
     newest,
 )  # fmt: skip
-from shared.frames import iso
 from shared.message_records import message_records
-from shared.messages import Gap
-from shared.tables import INSTANTS, MESSAGE_TABLES, TABLES, UNDEFINED, Column, MessageTable, Table
+from shared.tables import GAP_COLUMNS, INSTANTS, LATE_COLUMNS, MESSAGE_TABLES, TABLES, Column, MessageTable, Table
 from shared.tick_records import SIDES, Records, records
 from shared.timeframes import name_of
 
-LATE_COLUMNS = (
-    "bus", "partition", "bus_seq", "row", "ticker", "symbol", "ts_event", "ts_event_ns", "ts_recv_ns",
-    "price", "size", "side", "watermark_ns",
-)  # fmt: skip
-GAP_COLUMNS = ("feed", "symbols", "start_ns", "end_ns", "start", "end", "reason")
-
-_json = msgspec.json.Encoder()
-
 Values = tuple[Any, ...]
+
+
+class Form(Protocol):
+    """How a store writes values that differ from store to store; each takes and gives a whole column."""
+
+    def instants(self, times_ns: NDArray[np.int64], unit: str) -> list[Any]:
+        """Instants (ns; UNDEFINED: none) at the precision `unit`: s, us or ns."""
+
+    def reals(self, values: NDArray[np.float64]) -> list[Any]:
+        """Numbers; NaN is undefined."""
+
+    def flags(self, values: NDArray[Any]) -> list[Any]:
+        """Booleans, from 0 and 1 or from bool."""
+
+    def json(self, values: list[Any]) -> list[Any]:
+        """Lists and objects."""
 
 
 @dataclass(slots=True)
@@ -86,44 +91,44 @@ class Prepared:
         return dead_row(source, self.table, int(self.row[at]), reason, zip(self.names, rows.row(i), strict=True))
 
 
-def prepare(batch: Batch) -> tuple[list[Prepared], list[DeadLetter]]:
-    """All tables of a batch but gaps, and the rows that were no rows."""
+def prepare(batch: Batch, form: Form) -> tuple[list[Prepared], list[DeadLetter]]:
+    """All tables of a batch but gaps and dead letters, and the rows that were no rows."""
     made: list[Prepared] = []
     dead: list[DeadLetter] = []
     for kind, chunks in batch.candles.items():
         if chunks:
             joined = join(chunks, TABLES[kind].name)
-            made.append(_candles(joined, chunks, TABLES[kind]))
+            made.append(_candles(form, joined, chunks, TABLES[kind]))
             dead += joined.dead
     if batch.late:
         joined = join(batch.late, "late_trades")
-        made.append(_late(joined, batch.late))
+        made.append(_late(form, joined, batch.late))
         dead += joined.dead
     if batch.ticks:
         found, unsound = records(batch.ticks)
-        made += [_ticks(some, batch.ticks) for some in found]
+        made += [_ticks(form, some, batch.ticks) for some in found]
         dead += unsound
     for tables in MESSAGE_TABLES.values():
-        made += [_messages(table, batch.messages[table.name]) for table in tables if table.name in batch.messages]
+        made += [_messages(form, table, batch.messages[table.name]) for table in tables if table.name in batch.messages]
     return made, dead
 
 
-def _candles(joined: Joined, chunks: list[Chunk], table: Table) -> Prepared:
+def _candles(form: Form, joined: Joined, chunks: list[Chunk], table: Table) -> Prepared:
     """Rows of a candle table, one per key: the highest revision, of these the last."""
     order, last, group = newest(joined, table)
     if last.all():
         # No key twice, as most batches are: as they came, without a gather.
         every = np.arange(len(order))
-        rows = Bound(_candle_columns(joined, None, table), every, every)
+        rows = Bound(_candle_columns(form, joined, None, table), every, every)
         spare = Bound([], every[:0], every[:0])
     else:
         rows, spare = (
-            Bound(_candle_columns(joined, order[part], table), order[part], group[part]) for part in (last, ~last)
+            Bound(_candle_columns(form, joined, order[part], table), order[part], group[part]) for part in (last, ~last)
         )
     return Prepared(table.name, table.columns, rows, spare, [c.source for c in chunks], joined.chunk, joined.row)
 
 
-def _candle_columns(joined: Joined, index: NDArray[np.int64] | None, table: Table) -> list[list[Any]]:
+def _candle_columns(form: Form, joined: Joined, index: NDArray[np.int64] | None, table: Table) -> list[list[Any]]:
     rows = joined.rows
     time_ns, out_ns, end_ns, name = (
         _take(c, index) for c in (rows["time_ns"], rows["timestamp_out_ns"], table.end_ns(rows), joined.name)
@@ -131,13 +136,22 @@ def _candle_columns(joined: Joined, index: NDArray[np.int64] | None, table: Tabl
     names = np.empty((len(joined.names), 2), object)
     names[:] = joined.names or names
     columns = {column: names[name, i].tolist() for i, column in enumerate(table.names)}
-    columns |= {column: _take(rows[column], index).tolist() for column in table.plain}
-    columns[table.time] = iso_texts(time_ns, "s")
+    columns |= {column: _plain(form, column, _take(rows[column], index)) for column in table.plain}
+    columns[table.time] = form.instants(time_ns, "s")
     if "timeframe" in table.columns:
         columns["timeframe"] = _timeframes(_take(rows["timeframe_sec"], index))
-    columns["timestamp_out"] = iso_texts(out_ns, "us")
+    columns["timestamp_out"] = form.instants(out_ns, "us")
     columns["latency_ms"] = ((out_ns - end_ns) / 1e6).tolist()
     return [columns[column] for column in table.columns]
+
+
+def _plain(form: Form, name: str, values: NDArray[Any]) -> list[Any]:
+    if name == "complete":
+        return form.flags(values)
+    if values.dtype.kind == "f":
+        return form.reals(values)
+    out: list[Any] = values.tolist()
+    return out
 
 
 def _timeframes(seconds: NDArray[np.int64]) -> list[str]:
@@ -150,7 +164,7 @@ def _take(column: NDArray[Any], index: NDArray[np.int64] | None) -> NDArray[Any]
     return column if index is None else column[index]
 
 
-def _late(joined: Joined, chunks: list[Chunk]) -> Prepared:
+def _late(form: Form, joined: Joined, chunks: list[Chunk]) -> Prepared:
     """Rows of late_trades, every one: equal trades are no duplicates."""
     rows, tick = joined.rows, joined.rows["tick"]
     sources = [chunks[i].source for i in joined.chunk.tolist()]
@@ -162,30 +176,31 @@ def _late(joined: Joined, chunks: list[Chunk]) -> Prepared:
         joined.row.tolist(),
         [ticker for ticker, _ in names],
         [symbol for _, symbol in names],
-        iso_texts(tick["ts_event_ns"], "ns"),
+        form.instants(tick["ts_event_ns"], "ns"),
         tick["ts_event_ns"].tolist(),
         tick["ts_recv_ns"].tolist(),
-        tick["price"].tolist(),
-        tick["size"].tolist(),
+        form.reals(tick["price"]),
+        form.reals(tick["size"]),
         SIDES[tick["side"].astype(np.int64) + 1].tolist(),
         rows["watermark_ns"].tolist(),
     ]
     return _all("late_trades", LATE_COLUMNS, columns, chunks, joined.chunk, joined.row)
 
 
-def _ticks(made: Records, chunks: list[Chunk]) -> Prepared:
+def _ticks(form: Form, made: Records, chunks: list[Chunk]) -> Prepared:
     """Rows of a tick table, every record; levels as JSON."""
-    columns = [_tick_column(name, made.columns[name]) for name in made.table.columns]
+    columns = [_tick_column(form, name, made.columns[name]) for name in made.table.columns]
     return _all(made.table.name, made.table.columns, columns, chunks, made.chunk, made.row)
 
 
-def _tick_column(name: str, values: Any) -> list[Any]:
+def _tick_column(form: Form, name: str, values: Any) -> list[Any]:
     if name in INSTANTS:
-        texts: list[Any] = iso_texts(values, INSTANTS[name])
-        return [None if at == UNDEFINED else text for at, text in zip(values.tolist(), texts, strict=True)]
+        return form.instants(np.asarray(values, np.int64), INSTANTS[name])
     if name in ("bids", "asks"):
-        return [_json.encode(levels).decode() for levels in values]
-    out: list[Any] = values.tolist() if isinstance(values, np.ndarray) else values
+        return form.json(values)
+    if isinstance(values, np.ndarray):
+        return _plain(form, name, values)
+    out: list[Any] = values
     return out
 
 
@@ -203,10 +218,10 @@ def _all(
     return Prepared(table, names, Bound(columns, every, every), Bound([], every[:0], every[:0]), sources, chunk, row)
 
 
-def _messages(table: MessageTable, read: list[MessageRow]) -> Prepared:
+def _messages(form: Form, table: MessageTable, read: list[MessageRow]) -> Prepared:
     """Rows of a message table, one per key."""
     made = message_records(table, read)
-    columns = [_message_column(column, made.columns[column.name]) for column in table.columns]
+    columns = [_message_column(form, column, made.columns[column.name]) for column in table.columns]
     every = np.arange(len(read))
     rows = Bound(columns, every, np.asarray(made.group, np.int64))
     numbers = np.asarray([row.row for row in read], np.int64)
@@ -214,17 +229,26 @@ def _messages(table: MessageTable, read: list[MessageRow]) -> Prepared:
     return Prepared(table.name, table.names, best, spare, [row.source for row in read], every, numbers)
 
 
-def _message_column(column: Column, values: list[Any]) -> list[Any]:
+def _message_column(form: Form, column: Column, values: list[Any]) -> list[Any]:
     if column.sort == "time":
-        return iso_texts(np.asarray(values, np.int64), column.unit)
+        return form.instants(np.asarray(values, np.int64), column.unit)
     if column.sort == "json":
-        return [_json.encode(value).decode() for value in values]
+        return form.json(values)
+    if column.sort == "boolean":
+        return form.flags(np.asarray(values, bool))
     return values
 
 
-def gap(message: Gap) -> Values:
-    """Row of gaps."""
-    return (
-        message.feed, ",".join(sorted(message.symbols)), message.start_ns, message.end_ns,
-        iso(message.start_ns), iso(message.end_ns), message.reason,
-    )  # fmt: skip
+def gaps(batch: Batch, form: Form) -> list[list[Any]]:
+    """The columns of `gaps`, GAP_COLUMNS; a gap that came again is here as often."""
+    start, end = (np.array([getattr(g, name) for g in batch.gaps], np.int64) for name in ("start_ns", "end_ns"))
+    columns = {
+        "feed": [g.feed for g in batch.gaps],
+        "symbols": [",".join(sorted(g.symbols)) for g in batch.gaps],
+        "start_ns": start.tolist(),
+        "end_ns": end.tolist(),
+        "start": form.instants(start, "ns"),
+        "end": form.instants(end, "ns"),
+        "reason": [g.reason for g in batch.gaps],
+    }
+    return [columns[name] for name in GAP_COLUMNS]
