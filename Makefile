@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
+EMULATOR := .venv-bqemulator
 
 .PHONY: demo test check bench setup clean
 .DEFAULT_GOAL := help
@@ -22,12 +23,22 @@ $(VENV)/.dev: $(VENV)/.installed
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv sync -q --frozen --active --inexact
 	@touch $@
 
+# A BigQuery for tests, which wants older packages than ours. DuckDB takes its extension from a wheel, not from the net.
+$(EMULATOR)/.installed: tests/requirements-bqemulator.txt
+	@$(BIN)/uv venv -q --clear --python $(BIN)/python $(EMULATOR)
+	@VIRTUAL_ENV=$(CURDIR)/$(EMULATOR) $(BIN)/uv pip install -q -r $<
+	@mkdir -p $(EMULATOR)/home
+	@HOME=$(CURDIR)/$(EMULATOR)/home $(EMULATOR)/bin/python -c "import duckdb, duckdb_extension_spatial as e, glob; \
+		duckdb.execute(f\"INSTALL '{glob.glob(e.__path__[0] + '/extensions/*/spatial.duckdb_extension')[0]}'\")"
+	@touch $@
+
 setup: $(VENV)/.dev ## everything for development into .venv
 
 demo: $(VENV)/.installed ## a synthetic market through the whole pipeline; Ctrl-C ends it
 	@$(BIN)/tapeline demo
 
 test: $(VENV)/.dev ## the whole test suite
+	@$(MAKE) --no-print-directory $(EMULATOR)/.installed
 	@$(BIN)/python -m pytest
 
 check: $(VENV)/.dev ## ruff, mypy strict, import contracts
@@ -40,4 +51,4 @@ bench: $(VENV)/.dev ## the benchmarks; results into benchmarks/results
 	@$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(EMULATOR) .mypy_cache .ruff_cache .pytest_cache .hypothesis

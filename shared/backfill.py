@@ -31,6 +31,7 @@ from shared.settings import Settings
 from shared.sink import Store, store_of
 from shared.sources import Playable
 from shared.stages import STAGES, enabled
+from shared.stores import parse
 from shared.tables import MESSAGE_TABLES, TABLES, key_of
 from shared.worker import Core, Stage
 
@@ -106,7 +107,9 @@ class Writer:
         self.bus = bus
         self.stored = self.dead = 0
         self._store, self._stop = store, stop
-        self._rows = settings.sink.batch_rows
+        # Loads are few and large.
+        loads = parse(settings.tapeline.store).scheme == "bigquery"
+        self._rows = settings.bigquery.batch_rows if loads else settings.sink.batch_rows
         self._wait_ns = (settings.aggregate.max_lateness_seconds + SETTLED_SECONDS) * NS
         self._items: list[Item] = []
         self._held: dict[tuple[int, str], _Held | _HeldMessages] = {}

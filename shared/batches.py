@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,6 +24,7 @@ from shared.tables import MESSAGE_TABLES, TABLES, Table
 from shared.timeframes import LONGEST_SEC
 
 DEAD_BYTES = 48 << 10
+DEAD_NAMES = 1000
 _NEVER, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
@@ -208,12 +210,14 @@ def _messages(source: Source, frame: Frame, batch: Batch) -> str:
 
 
 def _dead_frame(item: Item, reason: str) -> DeadLetter:
-    raw = item.frame.body if item.frame else item.raw
-    body = {
-        "kind": item.frame.kind if item.frame else None,
+    frame, raw = item.frame, item.frame.body if item.frame else item.raw
+    body: dict[str, Any] = {
+        "kind": frame.kind if frame else None,
         "bytes": len(raw),
         "body_base64": base64.b64encode(raw[:DEAD_BYTES]).decode(),
     }
+    if frame is not None and 0 < len(frame.names) <= DEAD_NAMES:  # packed rows mean nothing without them
+        body |= {"count": frame.count, "names": frame.names}
     return DeadLetter(item.source, item.source.topic, -1, reason, json.dumps(body))
 
 
@@ -235,6 +239,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, datetime):  # of a store that has a type for them; all are in UTC
+        return f"{value:%Y-%m-%dT%H:%M:%S.%f}Z"
     return value if isinstance(value, (int, float, str, type(None))) else repr(value)
 
 

@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -113,36 +113,8 @@ class Bus:
         """host:port without credentials."""
         return self.url.rsplit("@", 1)[-1].removeprefix("redis://").removeprefix("rediss://")
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.AuthenticationError:
-            raise AuthError(f"Redis at {self.where} refused the credentials; check REDIS_URL") from None
-        except redis.exceptions.BusyLoadingError:
-            raise BusUnavailable(f"Redis at {self.where} is loading its data") from None
-        except _DOWN as error:
-            raise BusUnavailable(f"Redis at {self.where} does not answer ({_short(error)})") from None
-        except redis.exceptions.OutOfMemoryError:
-            raise BusUnavailable(f"Redis at {self.where} is out of memory; raise maxmemory") from None
-        except redis.exceptions.RedisClusterException as error:
-            raise self._cluster_error(error) from None
-        except redis.exceptions.AskError:  # MOVED, too; a cluster's client follows them
-            raise ConfigError(f"Redis at {self.where} is a cluster; set TAPELINE_REDIS_CLUSTER=true") from None
-        except redis.ResponseError as error:
-            if str(error).startswith("NOAUTH"):
-                raise AuthError(f"Redis at {self.where} wants a password; put it into REDIS_URL") from None
-            if str(error).startswith(("MISCONF", "LOADING", "READONLY")):
-                raise BusUnavailable(f"Redis at {self.where} refuses writes ({_short(error)})") from None
-            raise
-
-    def _cluster_error(self, error: redis.exceptions.RedisClusterException) -> TapelineError:
-        """The client wraps what its last node said; every other case is nodes or slots that are missing."""
-        if isinstance(error.__cause__, redis.AuthenticationError):
-            return AuthError(f"Redis at {self.where} refused the credentials; check REDIS_URL")
-        if "Cluster mode is not enabled" in str(error):
-            return ConfigError(f"Redis at {self.where} is no cluster; unset TAPELINE_REDIS_CLUSTER")
-        return BusUnavailable(f"Redis Cluster at {self.where} is not whole ({_short(error)})")
+    def _errors(self) -> AbstractContextManager[None]:
+        return errors(self.where)
 
     def ping(self) -> None:
         """Raises BusUnavailable or AuthError."""
@@ -360,6 +332,40 @@ class Bus:
                 keys=[k.stream(partition, topic), k.info(partition, topic), k.consumers(partition, topic)],
                 args=[self.limits.window_ms, self.limits.stream_max_bytes, KEEP_ENTRIES],
             ))  # fmt: skip
+
+
+@contextmanager
+def errors(where: str) -> Iterator[None]:
+    """Errors of the Redis client as the program's own; `where` is the server, without credentials."""
+    try:
+        yield
+    except redis.AuthenticationError:
+        raise AuthError(f"Redis at {where} refused the credentials; check REDIS_URL") from None
+    except redis.exceptions.BusyLoadingError:
+        raise BusUnavailable(f"Redis at {where} is loading its data") from None
+    except _DOWN as error:
+        raise BusUnavailable(f"Redis at {where} does not answer ({_short(error)})") from None
+    except redis.exceptions.OutOfMemoryError:
+        raise BusUnavailable(f"Redis at {where} is out of memory; raise maxmemory") from None
+    except redis.exceptions.RedisClusterException as error:
+        raise _cluster_error(where, error) from None
+    except redis.exceptions.AskError:  # MOVED, too; a cluster's client follows them
+        raise ConfigError(f"Redis at {where} is a cluster; set TAPELINE_REDIS_CLUSTER=true") from None
+    except redis.ResponseError as error:
+        if str(error).startswith("NOAUTH"):
+            raise AuthError(f"Redis at {where} wants a password; put it into REDIS_URL") from None
+        if str(error).startswith(("MISCONF", "LOADING", "READONLY")):
+            raise BusUnavailable(f"Redis at {where} refuses writes ({_short(error)})") from None
+        raise
+
+
+def _cluster_error(where: str, error: redis.exceptions.RedisClusterException) -> TapelineError:
+    """The client wraps what its last node said; every other case is nodes or slots that are missing."""
+    if isinstance(error.__cause__, redis.AuthenticationError):
+        return AuthError(f"Redis at {where} refused the credentials; check REDIS_URL")
+    if "Cluster mode is not enabled" in str(error):
+        return ConfigError(f"Redis at {where} is no cluster; unset TAPELINE_REDIS_CLUSTER")
+    return BusUnavailable(f"Redis Cluster at {where} is not whole ({_short(error)})")
 
 
 def sound(entry_id: bytes, fields: dict[bytes, bytes]) -> Frame:

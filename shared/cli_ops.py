@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -98,20 +98,22 @@ class Finding:
 
 
 @click.command()
+@click.option("--bigquery", is_flag=True, help="Prove on the BigQuery project itself that no row is lost or doubled.")
 @json_option
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, bigquery: bool, as_json: bool) -> None:
     """Check what Tapeline needs, one line each with the remedy; exit 1 when anything fails."""
     app: App = context.obj
     findings = [_find("settings", lambda: _settings(app))]
-    if findings[0].fine:
-        from shared.stores_check import check_store
-
+    if findings[0].fine and bigquery:
+        findings = list(_prove(app.settings))
+    elif findings[0].fine:
         s = app.settings
         checks: list[tuple[str, Callable[[], str]]] = [
             ("redis server", lambda: _redis_found(s)),
             ("redis", lambda: _redis(s)),
-            ("store", lambda: check_store(s.tapeline.store)),
+            ("store", lambda: _store(s)),
+            *([("bigquery", lambda: _bigquery(s))] if _beside(s) else []),
             ("disk", lambda: _disk(s)),
             ("kernel", _kernel),
             ("key", lambda: _key(s)),
@@ -124,6 +126,40 @@ def doctor(context: click.Context, as_json: bool) -> None:
             click.echo(f"{'ok  ' if f.fine else 'FAIL'}  {f.check}: {f.says}")
     if not all(f.fine for f in findings):
         context.exit(1)
+
+
+def _store(settings: Settings) -> str:
+    from shared.stores import parse
+    from shared.stores_check import check_store
+
+    store = settings.tapeline.store
+    return _bigquery(settings) if parse(store).scheme == "bigquery" else check_store(store)
+
+
+def _beside(settings: Settings) -> bool:
+    """Whether BigQuery is written beside another store."""
+    from shared.supervise import sink_programs
+
+    return len(sink_programs(settings)) > 1
+
+
+def _bigquery(settings: Settings) -> str:
+    from shared.registry import TOOLS, resolve
+
+    return str(resolve(TOOLS["check-bigquery"])(settings))
+
+
+def _prove(settings: Settings) -> Iterator[Finding]:
+    """What trying it on the real project shows, up to the first error that ends it."""
+    from shared.log import Masker
+    from shared.registry import TOOLS, resolve
+
+    try:
+        proofs = cast("Iterable[tuple[str, bool, str]]", resolve(TOOLS["prove-bigquery"])(settings))
+        for check, fine, says in proofs:
+            yield Finding(check, fine, says)
+    except TapelineError as error:
+        yield Finding("bigquery", False, Masker()(str(error)))
 
 
 def _find(name: str, look: Callable[[], str]) -> Finding:

@@ -78,6 +78,8 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     signals               what is worth a look in it, and plug-ins
     alerts                sends what matters to the channels of [alerts]
     sink-sqlite           the SQLite store
+    sink-timescale        the PostgreSQL or TimescaleDB store; several share it
+    sink-bigquery         the BigQuery store; one writes, others stand by
 
     SIGTERM and SIGINT stop it within 5 seconds; a second one at once.
     """

@@ -34,6 +34,10 @@ _PASSING = ("08", "40", "53", "57", "58")
 _PASSING_STATES = ("55006", "55P03", "25006", "25P03")
 
 
+class DatabaseMissing(ConfigError):
+    """The server has no such database (SQLSTATE 3D000), so it holds nothing."""
+
+
 def where(url: str) -> str:
     """The server and database for people, without credentials."""
     parts = urlsplit(url)
@@ -45,14 +49,33 @@ def where(url: str) -> str:
     return f"PostgreSQL {host}{port}/{unquote(parts.path.lstrip('/'))}"
 
 
-async def connect(url: str, *, timeout: float = CONNECT_SECONDS) -> Any:
-    """An asyncpg connection; the caller closes it.
+async def connect(url: str, *, timeout: float = CONNECT_SECONDS, command_timeout: float | None = None) -> Any:
+    """An asyncpg connection; the caller closes it. `command_timeout`: seconds that a statement may take.
 
     Statements are not kept, for behind a pooler the next transaction may be on another server connection. Raises
     AuthError, ConfigError, StoreUnavailable.
     """
     with errors(url):
-        return await asyncpg.connect(_dsn(url), timeout=timeout, statement_cache_size=0)
+        return await asyncpg.connect(
+            _dsn(url), timeout=timeout, command_timeout=command_timeout, statement_cache_size=0
+        )
+
+
+async def pool(url: str, size: int) -> Any:
+    """A pool of at most `size` such connections, none open yet; acquire with a timeout, inside `errors`.
+
+    A statement may take CONNECT_SECONDS, unless it says another time itself. A connection goes back as it is: nothing
+    may outlive a transaction. Raises ConfigError.
+    """
+    with errors(url):
+        return await asyncpg.create_pool(
+            _dsn(url), min_size=0, max_size=size, timeout=CONNECT_SECONDS, command_timeout=CONNECT_SECONDS,
+            statement_cache_size=0, reset=_as_it_is,
+        )  # fmt: skip
+
+
+async def _as_it_is(connection: Any) -> None:
+    """Behind a pooler a reset would meet another server connection."""
 
 
 def _dsn(url: str) -> str:
@@ -75,7 +98,7 @@ def errors(url: str) -> Iterator[None]:
         if (error.sqlstate or "")[:2] in ("22", "23"):
             raise
         _translate(url, error)
-    except (asyncpg.InterfaceError, OSError, TimeoutError, EOFError) as error:
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError, EOFError) as error:
         if isinstance(error, asyncpg.ClientConfigurationError):
             raise ConfigError(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
         raise StoreUnavailable(f"{where(url)} does not answer ({_line(error)})") from None
@@ -88,7 +111,8 @@ def _translate(url: str, error: asyncpg.PostgresError) -> NoReturn:
     if state in _REFUSED:
         raise AuthError(f"{at} refuses the user: check the name and password in TAPELINE_STORE ({_line(error)})")
     if state in _MISSING:
-        raise ConfigError(f"{at}: {_line(error)}; {_MISSING[state]}")
+        kind = DatabaseMissing if state == "3D000" else ConfigError
+        raise kind(f"{at}: {_line(error)}; {_MISSING[state]}")
     if state[:2] in _PASSING or state in _PASSING_STATES:
         raise StoreUnavailable(f"{at} does not take part now ({_line(error)})")
     raise TapelineError(f"{at} refuses a statement ({state} {_line(error)})")

@@ -40,8 +40,9 @@ TAPES = {
     "ingest-tardis-files": "services.ingest.worker:open_tardis_files",
     "ingest-tardis-replay": "services.ingest.worker:open_tardis_replay",
 }
-# What else the CLI takes from a service without importing it statically.
+# What else is taken from a service (or, by a store's scheme, from this package) without importing it statically.
 TOOLS = {
+    "databento-bars": "services.ingest.dbn_bars:read",
     "databento-order": "services.ingest.databento_download:Order",
     "generate": "services.ingest.synthetic:generate",
     "aggregate-stage": "services.aggregate.worker:AggregateStage",
@@ -51,6 +52,21 @@ TOOLS = {
     "store-sqlite": "services.sink_sqlite.store:of",
     "store-postgresql": "services.sink_timescale.store:of",
     "store-bigquery": "services.sink_bigquery.store:of",
+    "letters-sqlite": "services.sink_sqlite.letters:of",
+    "letters-postgresql": "services.sink_timescale.letters:of",
+    "migrate-sqlite": "services.sink_sqlite.migrate:migrate",
+    "migrate-postgresql": "services.sink_timescale.migrate:migrate",
+    "migrate-bigquery": "services.sink_bigquery.migrate:migrate",
+    "read-sqlite": "shared.store_sqlite:read_rows",
+    "read-postgresql": "shared.store_postgres:read_rows",
+    "read-bigquery": "services.sink_bigquery.reading:read_rows",
+    "cvds-sqlite": "shared.store_sqlite:newest_cvds",
+    "cvds-postgresql": "shared.store_postgres:newest_cvds",
+    "cvds-bigquery": "services.sink_bigquery.reading:newest_cvds",
+    "pending-postgresql": "services.sink_timescale.schema:pending",
+    "lacking-postgresql": "services.sink_timescale.schema:lacking",
+    "check-bigquery": "services.sink_bigquery.doctor:check",
+    "prove-bigquery": "services.sink_bigquery.doctor:prove",
     "warm-aggregate": "services.aggregate.core:warm",
     "warm-pressure": "services.pressure.kernel:warm",
     "warm-ingest": "services.ingest.normalize:warm",

@@ -22,7 +22,7 @@ from shared.sources import SourceSpec, programs
 from shared.stages import readers
 from shared.status import Reader
 from shared.stores import parse, read_rows
-from shared.supervise import Program, redis_program, stage_programs
+from shared.supervise import Program, redis_program, sink_program, stage_programs
 from shared.supervision import Supervision
 
 POLL_SECONDS = 0.1
@@ -104,7 +104,7 @@ def programs_of(plan: Plan, settings: Settings) -> list[Program]:
         *([] if plan.redis else [redis_program()]),
         *(Program(service, (service, *args), final=FINAL) for service, args in programs(plan.sources, plan.speed)),
         *stage_programs(settings, FINAL),
-        Program(sink, (sink,), final=FINAL),
+        sink_program(sink, settings, FINAL),
     ]
 
 

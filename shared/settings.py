@@ -202,12 +202,13 @@ class Sink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timescale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The PostgreSQL store; all but `reader_role` is for TimescaleDB. 0 switches a policy off.
+    """The PostgreSQL store: `workers` sinks share its partitions. Days and `rollups` are for TimescaleDB, 0: never.
 
     `compress_after_days` lies beyond any correction; `retention_days` are kept of candles, pressure and signals,
     `ticks_retention_days` of the raw records. `reader_role` may read every table and view; empty: none is made.
     """
 
+    workers: int = 1
     chunk_days: int = 1
     compress_after_days: int = 7
     retention_days: int = 0
@@ -219,7 +220,8 @@ class Timescale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BigQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The BigQuery store. `method`: load (Parquet load jobs, free), storage_write (Storage Write API) or insert_all.
 
-    Without `project` and `dataset`, those of a bigquery:// store. Batches close by `batch_rows` or `batch_ms`.
+    `project` and `dataset`: written beside another store; a bigquery:// store names its own. Batches close by
+    `batch_rows` or `batch_ms`.
     `endpoint`: a local server instead of Google's (HTTP; `grpc_endpoint` its gRPC side).
     """
 
@@ -415,14 +417,13 @@ def _check(s: Settings) -> None:
         (s.aggregate.quiet_reset_seconds >= 60, "aggregate.quiet_reset_seconds", "at least 60"),
         (s.sink.batch_rows >= 1, "sink.batch_rows", "at least 1"),
         (s.sink.batch_ms >= 1, "sink.batch_ms", "at least 1"),
+        (1 <= s.timescale.workers <= 64, "timescale.workers", "between 1 and 64"),
         (s.timescale.chunk_days >= 1, "timescale.chunk_days", "at least 1"),
         (min(s.timescale.compress_after_days, s.timescale.retention_days, s.timescale.ticks_retention_days) >= 0,
          "timescale.compress_after_days", "0 (off) or more, as the retention days"),
         (not s.timescale.reader_role or _ROLE.fullmatch(s.timescale.reader_role) is not None, "timescale.reader_role",
          "letters, digits and _, beginning with a letter"),
         (s.bigquery.method in BIGQUERY_METHODS, "bigquery.method", "load, storage_write or insert_all"),
-        (bool(s.bigquery.project) == bool(s.bigquery.dataset), "bigquery.dataset",
-         "set together with bigquery.project (GCP_PROJECT_ID and BIGQUERY_DATASET)"),
         (s.bigquery.batch_rows >= 1, "bigquery.batch_rows", "at least 1"),
         (s.bigquery.batch_ms >= 1, "bigquery.batch_ms", "at least 1"),
         (s.bigquery.ticks_expire_days >= 0, "bigquery.ticks_expire_days", "0 (never) or more"),

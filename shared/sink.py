@@ -40,7 +40,8 @@ class Store(Protocol):
 
     `sharing`: how several sinks may write it at once. `none`: one does; `leader`: one at a time, the others stand
     by; `partitions`: each its share. `redo`: where the first batch has to end (and begin at `cursors`), because it
-    was begun by a sink that did not finish it; empty but for stores without transactions.
+    was begun by a sink that did not finish it; empty but for stores without transactions. The loop takes out what it
+    knows to be finished. A store may have a `detail`, one line for the heartbeat.
     """
 
     name: str
@@ -208,12 +209,23 @@ class SinkLoop:
         self._redo = {}
         for key, cursor in self.store.redo.items():
             bus, topic, partition = key
-            if bus != identity or topic not in self.topics:
+            if bus != identity or topic not in self.topics or cursor == self.cursors.get(key):
                 continue
+            told = self.bus.call("hget", self.bus.keys.consumers(partition, topic), self.consumer)
+            if told is not None and not after(cursor.stream_id, told.decode()):
+                self._was_finished(identity)
+                break
             _, before, _ = self.bus.look(partition, topic, cursor.stream_id)
             if before and before[0].decode() == cursor.stream_id:  # else the bus has lost it, and so its like
                 self._redo[key] = cursor
         self._again, self._ahead = [], []
+
+    def _was_finished(self, identity: str) -> None:
+        """Redis is told only of what is stored: of the batch that was begun, that is all of it."""
+        redo = self.store.redo
+        self.cursors = self.cursors | {key: cursor for key, cursor in redo.items() if key[0] == identity}
+        self.store.redo = {key: cursor for key, cursor in redo.items() if key[0] != identity}
+        self._redo = {}
 
     def _let_go(self, partitions: Collection[int]) -> None:
         """Stop reading these; what is read but not stored is left to the next owner."""
@@ -273,21 +285,21 @@ class SinkLoop:
         """The items of the next batch; of one that is to be written again exactly its own."""
         if not self._redo:
             return self.inbox.take(rows, seconds, patience)
-        ahead: list[Item] = []
+        whole = True
         for item in self.inbox.take(rows, 0.0, patience):
+            if item.rewound:  # the bus has lost its tail meanwhile: what was begun cannot be had again
+                whole, self._redo = False, {}
             key = (item.source.bus, item.source.topic, item.source.partition)
             target = self._redo.get(key)
-            if target is not None and not after(item.source.id, target.stream_id):
-                self._again.append(item)
-                if item.source.id == target.stream_id:
-                    del self._redo[key]
-            else:
-                ahead.append(item)
-        self._ahead += ahead
+            inside = target is not None and not after(item.source.id, target.stream_id)
+            (self._again if inside else self._ahead).append(item)
+            if target is not None and (not inside or item.source.id == target.stream_id):
+                del self._redo[key]
         if self._redo:
             return []
-        self.inbox.back(self._ahead)
-        items, self._again, self._ahead = self._again, [], []
+        items = self._again if whole else []
+        self.inbox.back(self._ahead if whole else self._again + self._ahead)
+        self._again, self._ahead = [], []
         return items
 
     def _write(self, batch: Batch) -> bool:
@@ -355,7 +367,9 @@ class SinkLoop:
     def _detail(self) -> str:
         with self._lock:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.counters.items()) if count)
-        return f"{counts or 'rows 0'}{'; waiting: ' + self._trouble if self._trouble else ''}"
+        more = getattr(self.store, "detail", "")
+        trouble = f"; waiting: {self._trouble}" if self._trouble else ""
+        return f"{counts or 'rows 0'}{'; ' + more if more else ''}{trouble}"
 
     def _leave(self, heart: threading.Thread) -> None:
         readers = list(self._readers.values())

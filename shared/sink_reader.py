@@ -59,7 +59,8 @@ class Inbox:
     def take(self, rows: int, seconds: float, patience: float) -> list[Item]:
         """A batch: closed by `rows` or once its first item is `seconds` old; [] after `patience` without one.
 
-        A rewound item only ever comes first, so that what the store forgets is not in the same batch.
+        A rewound item only ever comes first, so that what the store forgets is not in the same batch; and a batch is
+        of one bus.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._items, patience):
@@ -69,8 +70,11 @@ class Inbox:
                 self._changed.wait(left)
             taken: list[Item] = []
             weight = 0
-            while self._items and weight < rows and not (taken and self._items[0][1].rewound):
-                item = self._items.popleft()[1]
+            while self._items and weight < rows:
+                item = self._items[0][1]
+                if taken and (item.rewound or item.source.bus != taken[0].source.bus):
+                    break
+                self._items.popleft()
                 weight += item.weight
                 taken.append(item)
             self._rows -= weight

@@ -119,16 +119,17 @@ def _candles(form: Form, joined: Joined, chunks: list[Chunk], table: Table) -> P
     if last.all():
         # No key twice, as most batches are: as they came, without a gather.
         every = np.arange(len(order))
-        rows = Bound(_candle_columns(form, joined, None, table), every, every)
+        rows = Bound(candle_columns(form, joined, None, table), every, every)
         spare = Bound([], every[:0], every[:0])
     else:
         rows, spare = (
-            Bound(_candle_columns(form, joined, order[part], table), order[part], group[part]) for part in (last, ~last)
+            Bound(candle_columns(form, joined, order[part], table), order[part], group[part]) for part in (last, ~last)
         )
     return Prepared(table.name, table.columns, rows, spare, [c.source for c in chunks], joined.chunk, joined.row)
 
 
-def _candle_columns(form: Form, joined: Joined, index: NDArray[np.int64] | None, table: Table) -> list[list[Any]]:
+def candle_columns(form: Form, joined: Joined, index: NDArray[np.int64] | None, table: Table) -> list[list[Any]]:
+    """A candle table's columns of all joined rows, or of those at `index`."""
     rows = joined.rows
     time_ns, out_ns, end_ns, name = (
         _take(c, index) for c in (rows["time_ns"], rows["timestamp_out_ns"], table.end_ns(rows), joined.name)

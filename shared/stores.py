@@ -1,31 +1,30 @@
-"""Store URLs, and the few things that other parts of the program read from a store."""
+"""Store URLs, and the few things that other parts of the program read from a store, the same from every store."""
 
 from __future__ import annotations
 
 import re
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, cast
 
-from shared.errors import ConfigError, StoreUnavailable
-from shared.frames import NS, iso, ns_of
-from shared.tables import TABLES, time_column
-from shared.timeframes import seconds_of
+from shared.errors import ConfigError
+from shared.frames import iso, ns_of
+from shared.registry import TOOLS, resolve
+from shared.tables import TABLES, instant_unit, time_column
 
 SCHEMES = {
     "sqlite": "sqlite:///relative.db or sqlite:////absolute/path.db",
     "postgresql": "postgresql://user:password@host:5432/database",
     "bigquery": "bigquery://project/dataset",
 }
-BUSY_SECONDS = 5.0
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://(.*)$", re.DOTALL)
 _NAME = re.compile(r"^[a-z_][a-z0-9_]*$")
-# A view has no key of its own.
-_KEYS_OF_VIEWS = {"features": TABLES["candle"].key, "usage": ("feed", "timestamp")}
+_BARS = ("contract_id", "timeframe_unit", "timeframe_value", "timestamp")
+# A view has no key of its own, and what is a view in one store may be a table in another.
+_ORDERS = {"features": TABLES["candle"].key, "usage": ("feed", "timestamp"), "ohlc_bars": _BARS}
+# How long a text of an instant is, without its Z, and how many ns its last digit counts.
+_UNITS = {"s": (19, 1_000_000_000), "us": (26, 1_000), "ns": (29, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,58 +75,14 @@ def newest_cvds(url: str, names: Mapping[str, int]) -> dict[str, float]:
 
     A continuous ticker is looked for in candles_1m, then candles_1s; a contract (`exchange:symbol`)
     after these in its fixed candles. A store or table that does not exist yet holds none. Raises
-    ConfigError, StoreUnavailable.
+    ConfigError, StoreUnavailable (a server that is down within about 10 s).
     """
-    found: dict[str, float] = {}
-    with _reader(url) as connection:
-        if connection is not None:
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            for name, before_ns in names.items():
-                value = _newest_cvd(connection, tables, name, before_ns)
-                if value is not None:
-                    found[name] = value
-    return found
+    return cast("dict[str, float]", resolve(TOOLS[f"cvds-{parse(url).scheme}"])(url, names))
 
 
 def newest_cvd(url: str, name: str, before_ns: int) -> float | None:
     """The same for one name; None where there is none."""
     return newest_cvds(url, {name: before_ns}).get(name)
-
-
-def _newest_cvd(connection: sqlite3.Connection, tables: set[str], name: str, before_ns: int) -> float | None:
-    for table, to_end_ns in (("candles_1m", 0), ("candles_1s", NS)):
-        if table in tables:
-            row = connection.execute(
-                f"SELECT cvd_close FROM {table} WHERE ticker = ? AND time <= ? AND cvd_close IS NOT NULL "  # noqa: S608
-                "ORDER BY time DESC LIMIT 1",
-                (name, _second(before_ns - to_end_ns)),
-            ).fetchone()
-            if row:
-                return float(row[0])
-    exchange, colon, symbol = name.partition(":")
-    if not colon or "candles" not in tables:
-        return None
-    newest: tuple[int, float] | None = None
-    timeframe = ""
-    while True:  # from one timeframe to the next by the index, not through all rows
-        held = connection.execute(
-            "SELECT min(timeframe) FROM candles WHERE exchange = ? AND symbol = ? AND timeframe > ?",
-            (exchange, symbol, timeframe),
-        ).fetchone()[0]
-        if held is None:
-            return newest[1] if newest else None
-        timeframe, length_ns = held, seconds_of(held) * NS
-        row = connection.execute(
-            "SELECT timestamp_in, cvd_close FROM candles WHERE exchange = ? AND symbol = ? AND timeframe = ? "
-            "AND timestamp_in <= ? AND cvd_close IS NOT NULL ORDER BY timestamp_in DESC LIMIT 1",
-            (exchange, symbol, timeframe, _second(before_ns - length_ns)),
-        ).fetchone()
-        if row:
-            newest = max(newest or (0, 0.0), (ns_of(row[0]) + length_ns, float(row[1])), key=lambda n: n[0])
-
-
-def _second(ns: int) -> str:
-    return iso(ns // NS * NS)[:19] + "Z"
 
 
 def read_rows(
@@ -140,67 +95,52 @@ def read_rows(
     last: int | None = None,
     columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of a table or view as dicts, in the order of its key.
+    """Rows of a table or view as dicts, in the order of its key (text bytewise).
 
-    `where` compares columns for equality; `since` <= time < `until` are ISO texts of the table's time
-    column (`candles`: `timestamp_in`); `last` keeps the newest rows by it. `columns`: only these, for
+    `where` compares columns for equality; `since` <= time < `until` are ISO texts of instants, of the table's
+    time column (`candles`: `timestamp_in`); `last` keeps the newest rows by it. `columns`: only these, for
     whoever reads many rows. [] for a store or table that does not exist yet.
+
+    Every store gives the same values: an instant as ISO text (how fine, says `shared.tables.instant_unit`), a boolean
+    as 0 or 1, a list as JSON text, what is undefined as None. Raises as `newest_cvds` does, and ConfigError for a
+    column that the table has not.
     """
     for name in (table, *(where or ()), *(columns or ())):
         if not _NAME.match(name):
             raise ConfigError(f"'{name}' is no table or column of a store")
-    tests = [(f'"{column}" = ?', value) for column, value in (where or {}).items()]
-    time = time_column(table)
-    tests += [(f'"{time}" >= ?', since)] if since is not None else []
-    tests += [(f'"{time}" < ?', until)] if until is not None else []
-    filters = " WHERE " + " AND ".join(test for test, _ in tests) if tests else ""
-    values: list[Any] = [value for _, value in tests]
-    key = [c["name"] for c in sorted(_columns(url, table), key=lambda c: c["pk"]) if c["pk"]]
-    key = key or list(_KEYS_OF_VIEWS.get(table, ()))
-    order = ", ".join(f'"{column}"' for column in key) or "1"
-    source = f'"{table}"{filters}'
-    if last is not None:
-        source = f"(SELECT * FROM {source} ORDER BY {time} DESC LIMIT ?)"  # noqa: S608
-        values.append(last)
-    wanted = ", ".join(f'"{column}"' for column in columns or ()) or "*"
-    return _select(url, table, f"SELECT {wanted} FROM {source} ORDER BY {order}", tuple(values))  # noqa: S608
+    rows = resolve(TOOLS[f"read-{parse(url).scheme}"])(
+        url, table, where, since=since, until=until, last=last, columns=columns
+    )
+    return cast("list[dict[str, Any]]", rows)
 
 
-def _columns(url: str, table: str) -> list[dict[str, Any]]:
-    return _select(url, table, "SELECT name, pk FROM pragma_table_info(?)", (table,))
+def order_of(table: str, key: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """By which columns rows of a table are ordered: its primary key; of a view those that name its rows."""
+    return _ORDERS.get(table) or tuple(key) or tuple(columns[:1])
 
 
-def _select(url: str, table: str, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
-    with _reader(url) as connection:
-        if connection is None:
-            return []
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
-            return []
-        cursor = connection.execute(sql, values)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
+def known(table: str, named: Sequence[str], columns: Sequence[str]) -> None:
+    """Raises ConfigError for the first name that is no column of the table."""
+    for name in named:
+        if name not in columns:
+            raise ConfigError(f"{table} has no column '{name}'; it has: {', '.join(columns)}")
 
 
-@contextmanager
-def _reader(url: str) -> Iterator[sqlite3.Connection | None]:
-    """A read-only connection, None where the file does not exist."""
-    parsed = parse(url)
-    if parsed.scheme != "sqlite":
-        raise ConfigError(f"not yet a store of this version: {parsed.scheme}")
-    if not parsed.path.exists():
-        yield None
-        return
-    connection: sqlite3.Connection | None = None
+def not_before(table: str, text: str) -> str:
+    """The first value of the table's time column that is not before an ISO text, as text.
+
+    Raises ConfigError for a text that is no instant.
+    """
+    unit = instant_unit(table, time_column(table))
+    if unit is None:
+        return text  # a day
+    digits, step = _UNITS[unit]
+    return iso(-(-instant(text) // step) * step)[:digits] + "Z"
+
+
+def instant(text: str) -> int:
+    """The instant of an ISO text in UTC, ns. Raises ConfigError."""
     try:
-        target = f"file:{quote(str(parsed.path.absolute()))}?mode=ro"
-        connection = sqlite3.connect(target, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
-        yield connection
-    except sqlite3.OperationalError as error:
-        raise StoreUnavailable(f"SQLite {parsed.path} cannot be read now ({error})") from None
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(
-            f"SQLite {parsed.path} cannot be read ({error}): name another file in TAPELINE_STORE"
-        ) from None
-    finally:
-        if connection is not None:
-            connection.close()
+        return ns_of(text)
+    except ValueError:
+        raise ConfigError(f"'{text}' is no instant; write 2023-12-25T23:01:00Z") from None

@@ -1,25 +1,104 @@
 """Whether a store can be used, before anything is started for it.
 
-Of a store on a server only the URL is looked at here, and by `doctor` more.
+Of BigQuery only the URL is looked at here, and by `doctor` more.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any, cast
 
 from shared.errors import ConfigError
+from shared.registry import TOOLS, resolve
 from shared.stores import parse
+from shared.tables import MESSAGE_TABLES, TABLES, TICK_TABLES
+
+CHECK_SECONDS = 10.0
+_WRITTEN = (
+    *(table.name for table in TABLES.values()), *(table.name for table in TICK_TABLES.values()),
+    *(table.name for tables in MESSAGE_TABLES.values() for table in tables),
+    "late_trades", "gaps", "dead_letters", "sink_cursors",
+)  # fmt: skip
+_SERVER = """SELECT current_setting('server_version') AS version, current_user AS role, current_schema() AS schema,
+    (SELECT extversion FROM pg_extension WHERE extname = 'timescaledb') AS timescale,
+    current_setting('timescaledb.license', true) AS license, current_database() AS database,
+    EXISTS (SELECT FROM pg_available_extensions WHERE name = 'timescaledb') AS offered,
+    pg_is_in_recovery() AS standby, has_database_privilege(current_database(), 'TEMPORARY') AS temporary,
+    has_schema_privilege(current_schema(), 'CREATE') AS may_create,
+    ARRAY(SELECT name FROM unnest($1::text[]) AS n (name) WHERE to_regclass(name) IS NOT NULL) AS tables"""
 
 
 def check_store(store: str) -> str:
     """Look whether rows could be written, and write none; returns one line about the store.
 
-    Raises ConfigError with the remedy.
+    Takes 10 s at most. Raises ConfigError or AuthError with the remedy, VersionError for a store that a newer program
+    wrote, StoreUnavailable.
     """
     parsed = parse(store)
-    return _check_sqlite(parsed.path) if parsed.scheme == "sqlite" else parsed.shown
+    if parsed.scheme == "sqlite":
+        return _check_sqlite(parsed.path)
+    return _check_postgres(store) if parsed.scheme == "postgresql" else parsed.shown
+
+
+def _check_postgres(url: str) -> str:
+    from shared.postgres import connect, errors, run  # noqa: PLC0415 - a moment that other stores need not wait
+
+    async def look() -> str:
+        with errors(url):
+            async with asyncio.timeout(CHECK_SECONDS):
+                connection = await connect(url)
+                try:
+                    async with connection.transaction(readonly=True):
+                        return await _looked(url, connection)
+                finally:
+                    connection.terminate()
+
+    return cast("str", run(look()))
+
+
+async def _looked(url: str, connection: Any) -> str:
+    from shared.postgres import where  # noqa: PLC0415
+
+    at = where(url)
+    has = await connection.fetchrow(_SERVER, list(_WRITTEN))
+    if has["standby"]:
+        raise ConfigError(f"{at} is a standby that takes no rows: name the primary in TAPELINE_STORE")
+    if has["schema"] is None:
+        raise ConfigError(f"{at}: no schema of the user's search_path exists: create one, or set another search_path")
+    refused = await cast("Any", resolve(TOOLS["lacking-postgresql"]))(connection, has["tables"])
+    if refused:
+        raise ConfigError(
+            f"{at}: {has['role']} may not write {', '.join(refused)}: "
+            f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{has["schema"]}" TO "{has["role"]}"'
+        )
+    # Raises VersionError for a store of a newer program.
+    steps = await cast("Any", resolve(TOOLS["pending-postgresql"]))(connection, at)
+    if steps and not has["may_create"]:
+        raise ConfigError(
+            f"{at}: {has['role']} may not create the tables that are missing: "
+            f'GRANT CREATE ON SCHEMA "{has["schema"]}" TO "{has["role"]}", or run `tapeline migrate` as another user'
+        )
+    if not has["temporary"]:
+        raise ConfigError(
+            f"{at}: {has['role']} may not use temporary tables, which rows are copied into: "
+            f'GRANT TEMPORARY ON DATABASE "{has["database"]}" TO "{has["role"]}"'
+        )
+    kind = "plain PostgreSQL" + (" (TimescaleDB could be installed)" if has["offered"] else "")
+    if has["timescale"]:
+        kind = f"TimescaleDB {has['timescale']} {'Apache' if has['license'] == 'apache' else 'Community'}"
+    return f"{at} is {has['version'].split()[0]}, {kind}, {await _schema(connection, steps)}"
+
+
+async def _schema(connection: Any, steps: list[Any]) -> str:
+    if steps and steps[0].version == 1:
+        return f"no tables yet: the sink or `tapeline migrate` makes them (schema version {steps[-1].version})"
+    held = await connection.fetchval("SELECT max(version) FROM schema_version")
+    if steps:
+        return f"schema version {held}: will be migrated to {steps[-1].version} by the sink or `tapeline migrate`"
+    return f"schema version {held}"
 
 
 def _check_sqlite(path: Path) -> str:

@@ -116,13 +116,20 @@ def programs(settings: Settings) -> list[Program]:
     out += stage_programs(settings)
     if settings.alerts.channels:
         out.append(Program("alerts", ("alerts",)))
-    return out + [Program(sink, (sink,)) for sink in sinks(settings)]
+    return out + sink_programs(settings)
 
 
-def sinks(settings: Settings) -> list[str]:
-    """The sinks that these settings run: that of the store, and BigQuery's where a project is named."""
+def sink_programs(settings: Settings) -> list[Program]:
+    """The sink of the store, and BigQuery's where a project and a dataset are named."""
     chosen = [registry.SINKS[parse(settings.tapeline.store).scheme]]
-    return chosen + (["sink-bigquery"] if settings.bigquery.project and "sink-bigquery" not in chosen else [])
+    if settings.bigquery.project and settings.bigquery.dataset and "sink-bigquery" not in chosen:
+        chosen.append("sink-bigquery")
+    return [sink_program(name, settings) for name in chosen]
+
+
+def sink_program(name: str, settings: Settings, final: tuple[int, ...] = (0, 78)) -> Program:
+    """A sink; of those that can share a store as many as the settings say."""
+    return Program(name, (name,), settings.timescale.workers if name == "sink-timescale" else 1, final)
 
 
 def stage_programs(settings: Settings, final: tuple[int, ...] = (0, 78)) -> list[Program]:

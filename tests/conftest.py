@@ -12,6 +12,8 @@ from shared.bus import Bus
 from shared.redis_server import EmbeddedRedis
 from tests.postgres import PostgresServer
 
+pytest_plugins = ("tests.bigquery",)
+
 
 @pytest.fixture(scope="session")
 def _redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:

@@ -26,7 +26,6 @@ _CONFIG = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
 fsync = off
-synchronous_commit = off
 full_page_writes = off
 shared_buffers = 64MB
 max_connections = 60
@@ -53,7 +52,7 @@ class PostgresServer:
         # Not below a folder of pytest's, which another user may not enter.
         self.folder = folder or Path(tempfile.mkdtemp(prefix=f"tapeline-pg{version}-", dir="/tmp"))
         self.data = self.folder / "data"
-        self.port = _free_port()
+        self.port = free_port()
         self._config = config
         self._process: subprocess.Popen[bytes] | None = None
         # PostgreSQL does not run as root.
@@ -74,11 +73,11 @@ class PostgresServer:
             with (self.data / "postgresql.conf").open("a") as file:
                 file.write(_CONFIG + self._config)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
-        log = (self.folder / "log").open("ab")
-        self._process = subprocess.Popen(
-            [self.bin / "postgres", "-D", self.data, "-p", str(self.port)],
-            stdout=log, stderr=log, cwd=self.folder, user=self._user, start_new_session=True,
-        )  # fmt: skip
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self.bin / "postgres", "-D", self.data, "-p", str(self.port)],
+                stdout=log, stderr=log, cwd=self.folder, user=self._user, start_new_session=True,
+            )  # fmt: skip
         until(self.answers, 60, what=f"PostgreSQL on port {self.port} ({self.folder / 'log'})")
         return self
 
@@ -124,7 +123,7 @@ def _group_lives(pid: int) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from services.ingest.databento_history import WHERE, Archive
-from services.ingest.dbn_tape import definitions, open_tape
+from services.ingest.dbn_tape import BARS, TAPES, definitions, open_tape
 from shared.errors import AuthError, ConfigError, SourceError, Unavailable
 from shared.instruments import option_series
 from shared.purchases import Quote
@@ -104,7 +104,9 @@ class Order(Archive):
     # -- names -------------------------------------------------------------------------------
 
     def _files(self, spec: SourceSpec) -> list[File]:
-        options = [s for s in spec.symbols if s.endswith(".OPT") or option_series(s)]
+        # Bars are told by their symbols alone.
+        symbols = () if spec.types[0] in BARS else spec.symbols
+        options = [s for s in symbols if s.endswith(".OPT") or option_series(s)]
         start = spec.start or _EPOCH
         # All definitions of a day stand at its begin.
         day = start.replace(hour=0, minute=0, second=0, microsecond=0)
@@ -125,7 +127,7 @@ class Order(Archive):
 
 def _read_through(path: Path) -> Totals:
     """Records and bytes of a DBN file. Raises SourceError unless it is whole."""
-    tape = open_tape(path)
+    tape = open_tape(path, (*TAPES, *BARS))
     if tape.schema == "definition":
         return Totals(sum(1 for _ in definitions(tape)), sum(map(len, tape.pieces())))
     records = sum(map(len, tape.records()))

@@ -6,7 +6,7 @@ been yielded by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,15 @@ from services.ingest.normalize import RECORD, TRADES_RECORD, widen
 from shared.errors import SourceError
 
 BATCH = 65_536  # records read at a time
+TAPES = ("tbbo", "trades", "definition")
+# Schemas of ready-made bars, and the type of their records.
+BARS = {"ohlcv-1s": 32, "ohlcv-1m": 33, "ohlcv-1h": 34, "ohlcv-1d": 35}
+BAR_RECORD = np.dtype(
+    [
+        ("length", "u1"), ("rtype", "u1"), ("publisher_id", "<u2"), ("instrument_id", "<u4"), ("ts_event", "<u8"),
+        ("open", "<i8"), ("high", "<i8"), ("low", "<i8"), ("close", "<i8"), ("volume", "<u8"),
+    ]
+)  # fmt: skip
 ACCEPTED = "tbbo or trades (and definition files beside them)"
 MAX_HEADER = 1 << 30
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -61,7 +70,10 @@ class Tape:
             skip = 0
 
     def records(self, first: int = 0) -> Iterator[NDArray[Any]]:
-        """Trades from record `first` on as RECORD arrays of about BATCH. Raises SourceError at the first fault."""
+        """Trades from record `first` on as RECORD arrays of about BATCH (bars: BAR_RECORD).
+
+        Raises SourceError at the first fault.
+        """
         at, rest, held = first, bytearray(), 0
         source = self.pieces(first * self.width)
         while True:
@@ -94,7 +106,7 @@ class Tape:
             )
 
     def _rows(self, whole: bytes) -> NDArray[Any]:
-        layout = TRADES_RECORD if self.schema == "trades" else RECORD
+        layout = TRADES_RECORD if self.schema == "trades" else BAR_RECORD if self.schema in BARS else RECORD
         if self.width > layout.itemsize:
             wide = np.frombuffer(whole, np.uint8).reshape(-1, self.width)
             whole = wide[:, : layout.itemsize].tobytes()
@@ -115,8 +127,9 @@ class Tape:
         )
 
 
-def open_tape(path: Path | str) -> Tape:
+def open_tape(path: Path | str, schemas: Collection[str] = TAPES) -> Tape:
     """Read a file's header. Raises SourceError for anything but a DBN file with one accepted schema."""
+    accepted = ACCEPTED if schemas is TAPES else ", ".join(schemas)
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -127,7 +140,7 @@ def open_tape(path: Path | str) -> Tape:
     if not size:
         raise SourceError(f"{path} is empty (0 bytes); fetch the file again")
     compressed = magic == _ZSTD
-    head = _header(path, compressed)
+    head = _header(path, compressed, accepted)
     try:
         metadata = databento_dbn.Metadata.decode(head)
     except (databento_dbn.DBNError, ValueError) as error:
@@ -135,9 +148,9 @@ def open_tape(path: Path | str) -> Tape:
     digest = blake2b(head + size.to_bytes(8, "little"), digest_size=16).digest()
     tape = Tape(path, metadata, len(head), compressed, digest, head[3])
     tape.schema = str(metadata.schema) if metadata.schema is not None else "mixed (live session)"
-    if tape.schema not in ("tbbo", "trades", "definition"):
-        raise SourceError(f"{path} holds schema {tape.schema}; accepted are {ACCEPTED}")
-    words, rtype = (12, 0) if tape.schema == "trades" else (20, 1)
+    if tape.schema not in schemas:
+        raise SourceError(f"{path} holds schema {tape.schema}; accepted are {accepted}")
+    words, rtype = (14, BARS[tape.schema]) if tape.schema in BARS else (12, 0) if tape.schema == "trades" else (20, 1)
     tape.width = 4 * words + (8 if metadata.ts_out else 0)
     tape._head = (tape.width // 4, rtype)
     tape.start_ns = metadata.start if metadata.start and metadata.start != UNDEF_TIMESTAMP else None
@@ -146,7 +159,7 @@ def open_tape(path: Path | str) -> Tape:
     return tape
 
 
-def _header(path: Path, compressed: bool) -> bytes:
+def _header(path: Path, compressed: bool, accepted: str) -> bytes:
     head, wanted = bytearray(), 8
     for piece in _inflate(path) if compressed else _plain(path):
         head += piece
@@ -164,7 +177,7 @@ def _header(path: Path, compressed: bool) -> bytes:
         if len(head) >= wanted > 8:
             return bytes(head[:wanted])
     if head[:3] != b"DBN"[: len(head)] or not head:
-        raise SourceError(f"{path} is not a DBN file; accepted are .dbn and .dbn.zst files of {ACCEPTED}")
+        raise SourceError(f"{path} is not a DBN file; accepted are .dbn and .dbn.zst files of {accepted}")
     raise SourceError(f"{path} is cut off in its header at byte {len(head)} of {wanted}; fetch the file again")
 
 

@@ -42,6 +42,15 @@ def version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchone()[0])
 
 
+def check(held: int, where: str, steps: Sequence[Migration]) -> None:
+    """Raises VersionError for a store that a newer program wrote."""
+    if held > steps[-1].version:
+        raise VersionError(
+            f"{where} is of schema version {held}, this program knows up to {steps[-1].version}: "
+            "upgrade Tapeline, or set TAPELINE_STORE to another file"
+        )
+
+
 def migrate(connection: sqlite3.Connection, where: str, steps: Sequence[Migration] | None = None) -> list[int]:
     """Bring the schema up to this program's version; returns the versions applied.
 
@@ -56,11 +65,7 @@ def migrate(connection: sqlite3.Connection, where: str, steps: Sequence[Migratio
     connection.execute("BEGIN IMMEDIATE")
     try:
         held = version(connection)
-        if held > steps[-1].version:
-            raise VersionError(
-                f"{where} is of schema version {held}, this program knows up to {steps[-1].version}: "
-                "upgrade Tapeline, or set TAPELINE_STORE to another file"
-            )
+        check(held, where, steps)
         if held == 0:
             connection.execute(
                 "CREATE TABLE schema_version (version INTEGER PRIMARY KEY, name TEXT NOT NULL, at TEXT NOT NULL)"

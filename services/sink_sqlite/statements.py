@@ -79,12 +79,13 @@ WRITE = {
     **{t.name: _upsert(t.name, t.columns, PLACE_COLUMNS) for t in TICK_TABLES.values()},
     **{t.name: _upsert(t.name, t.names, t.key, f"WHERE excluded.{t.order} >= {t.name}.{t.order}") for t in _MESSAGES},
     "late_trades": _upsert("late_trades", LATE_COLUMNS, LATE_KEY),
+    "gaps": _upsert("gaps", GAP_COLUMNS, GAP_KEY),
 }  # fmt: skip
 MEND = {
     **{t.name: _mend_candles(t) for t in TABLES.values()},
     **{t.name: _mend_messages(t) for t in _MESSAGES if t.order == "revision"},
 }
-GAPS = _upsert("gaps", GAP_COLUMNS, GAP_KEY)
+GAPS = WRITE["gaps"]
 CURSORS = _upsert("sink_cursors", ("bus", "topic", "partition", "seq", "stream_id"), ("bus", "topic", "partition"))
 DEAD = (
     f"INSERT INTO dead_letters ({', '.join(DEAD_COLUMNS)}) "  # noqa: S608

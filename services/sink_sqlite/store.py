@@ -12,6 +12,8 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import NoReturn
@@ -136,7 +138,7 @@ class SqliteStore:
 
     def write(self, batch: Batch) -> int:
         """One transaction of rows, dead letters and cursors; returns the dead letters. See `shared.sink.Store`."""
-        connection = self.connection()
+        self.connection()
         if _identity(self.path) != self._file:
             # SQLite would go on writing into the unlinked file; a new start begins with the new file's cursors.
             raise TapelineError(
@@ -144,24 +146,41 @@ class SqliteStore:
             )
         prepared, unsound = prepare(batch, FORM)
         dead = batch.dead + unsound
-        try:
-            connection.execute("BEGIN IMMEDIATE")
+        with self.transaction() as connection:
             _forget(connection, batch)
-            for rows in prepared:
-                sql = MEND.get(rows.table) if batch.mend else None
-                newest = _newest(connection) if rows.table == "candles" else 0
-                dead += _insert(connection, sql or WRITE[rows.table], rows)
-                if rows.table == "candles" and self._ohlc_bars:
-                    _follow(connection, rows, newest)
-            connection.executemany(GAPS, zip(*gaps(batch, FORM), strict=True))
-            _bury(connection, dead)
+            dead += self.put(prepared, batch, mend=batch.mend)
+            bury(connection, dead)
             connection.executemany(CURSORS, [(*key, *cursor) for key, cursor in batch.cursors.items()])
             faults.point("sink:before-commit")
+        faults.point("sink:after-commit")
+        return len(dead)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is done inside is stored, or nothing of it. Raises StoreUnavailable, TapelineError."""
+        connection = self.connection()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             self._undo(error)
-        faults.point("sink:after-commit")
-        return len(dead)
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def put(self, prepared: Iterable[Prepared], of: Batch, *, mend: bool = False) -> list[DeadLetter]:
+        """Rows, and the gaps of a batch, into their tables, inside a transaction; returns the rows that are refused."""
+        connection, dead = self.connection(), []
+        for rows in prepared:
+            sql = MEND.get(rows.table) if mend else None
+            newest = _newest(connection) if rows.table == "candles" else 0
+            dead += _insert(connection, sql or WRITE[rows.table], rows)
+            if rows.table == "candles" and self._ohlc_bars:
+                _follow(connection, rows, newest)
+        connection.executemany(GAPS, zip(*gaps(of, FORM), strict=True))
+        return dead
 
     def _undo(self, error: sqlite3.Error) -> NoReturn:
         """Nothing of the batch stays; raises what happens next."""
@@ -277,7 +296,8 @@ def _each(connection: sqlite3.Connection, sql: str, rows: Bound) -> list[tuple[i
             return refused
 
 
-def _bury(connection: sqlite3.Connection, dead: list[DeadLetter]) -> None:
+def bury(connection: sqlite3.Connection, dead: list[DeadLetter]) -> None:
+    """Dead letters into their table, each once."""
     if dead:
         now = iso_texts(np.array([time.time_ns()]), "us")[0]
         rows = [(now, *d.source[:3], d.source.seq, d.source.id, d.table, d.row, d.reason, d.body) for d in dead]

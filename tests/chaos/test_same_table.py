@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.crypto_tape import crypto_tape
 from tests.e2e.test_replay import nothing_left, stored
 from tests.e2e.test_up import environ
 from tests.shared.test_cli import OPTIONS, tapeline
@@ -87,15 +86,9 @@ def calm(tape: Path, tmp_path_factory: pytest.TempPathFactory) -> Tables:
 
 
 @pytest.fixture(scope="module")
-def crypto(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return crypto_tape(tmp_path_factory.mktemp("chaos") / "crypto.ndjson")
-
-
-@pytest.fixture(scope="module")
-def calm_crypto(crypto: Path, tmp_path_factory: pytest.TempPathFactory) -> Tables:
+def calm_crypto(crypto_db: Path) -> Tables:
     """What an undisturbed run stores of candles and raw ticks."""
-    db = tmp_path_factory.mktemp("calm") / "calm.db"
-    replay(db.parent, crypto, db.name, **CRYPTO)
+    db = crypto_db
     held = tables(db)
     # A tape is of no vendor's account, and its few options have no history to stand out from.
     silent = {"dead_letters", "signals", "usage_log", "usage_daily"}
@@ -139,11 +132,17 @@ def workers(cwd: Path, service: str) -> list[Any]:
 
 
 def begin(
-    cwd: Path, tapes: Path | tuple[Path, ...], speed: str, aggregators: int, **more: str
+    cwd: Path,
+    tapes: Path | tuple[Path, ...],
+    speed: str,
+    aggregators: int,
+    *,
+    store: str = "sqlite:///x.db",
+    **more: str,
 ) -> subprocess.Popen[str]:
     files = [str(tape) for tape in (tapes if isinstance(tapes, tuple) else (tapes,))]
     line = [
-        sys.executable, "-P", "-m", "shared.cli", "replay", *files, "--store", "sqlite:///x.db", "--json",
+        sys.executable, "-P", "-m", "shared.cli", "replay", *files, "--store", store, "--json",
         "--speed", speed, "--aggregators", str(aggregators),
     ]  # fmt: skip
     env = environ(cwd, TMPDIR=str(cwd), TAPELINE_REDIS_LEASE_SECONDS="1", **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -69,8 +70,18 @@ def nothing_left(cwd: Path) -> None:
     assert list(cwd.glob("tapeline-*")) == []
 
 
-def test_every_trade_is_accounted_for_and_batching_changes_nothing(tape: Path, tmp_path: Path) -> None:
-    first = replay(tmp_path, tape, "a.db")
+@pytest.fixture(scope="module")
+def calm(tape: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What an undisturbed replay says, and its store."""
+    folder = tmp_path_factory.mktemp("calm")
+    return replay(folder, tape, "calm.db"), folder / "calm.db"
+
+
+def test_every_trade_is_accounted_for_and_batching_changes_nothing(
+    tape: Path, calm: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    first = calm[0]
+    shutil.copy(calm[1], tmp_path / "a.db")
     assert first["trades"] + sum(first["skipped"].values()) == TRADES
     assert first["candles_1m"] > 0
     assert first["dead_letters"] == 0
@@ -115,16 +126,17 @@ def stored(db: Path) -> int:
 
 
 @pytest.mark.parametrize("victim", ["redis-server", "ingest-files", "aggregate", "sink-sqlite"])
-def test_a_kill_in_the_midst_changes_no_row(tape: Path, tmp_path: Path, victim: str) -> None:
-    calm = replay(tmp_path, tape, "calm.db")
+def test_a_kill_in_the_midst_changes_no_row(
+    tape: Path, calm: tuple[dict[str, Any], Path], tmp_path: Path, victim: str
+) -> None:
     process = start(tmp_path, tape, "--speed", "100", "--json")
     until(lambda: stored(tmp_path / "k.db") > 20, 60, "rows in the midst")
     target = next(p for p in below(tmp_path) if victim in " ".join(p.cmdline()) and "replay" not in p.cmdline())
     target.kill()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert json.loads(out)["trades"] == calm["trades"]
-    assert rows(tmp_path / "k.db") == rows(tmp_path / "calm.db")
+    assert json.loads(out)["trades"] == calm[0]["trades"]
+    assert rows(tmp_path / "k.db") == rows(calm[1])
     nothing_left(tmp_path)
 
 

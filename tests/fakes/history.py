@@ -37,7 +37,8 @@ FIELDS = {
     },
     "symbology.resolve": {"dataset", "symbols", "stype_in", "stype_out", "start_date", "end_date"},
 }  # fmt: skip
-SCHEMAS = ("tbbo", "definition")
+BARS = {"ohlcv-1s": 1, "ohlcv-1m": 60, "ohlcv-1h": 3600, "ohlcv-1d": 86400}  # seconds
+SCHEMAS = ("tbbo", "definition", *BARS)
 Request = tuple[str, dict[str, str]]
 
 
@@ -140,10 +141,29 @@ class History:
         chosen["instrument_id"] += (self._shift * (chosen["ts_recv"] // DAY - self._first_day)).astype(np.uint32)
         return chosen
 
+    def _bars(self, listings: list[Listing], start: int, end: int, schema: str) -> list[Any]:
+        """The tape's trades as bars, in the order of time; none where nothing was traded."""
+        length = BARS[schema] * 10**9
+        by_bar: dict[tuple[int, int], list[Any]] = {}
+        for record in self._records(listings, 0, 1 << 62):
+            begin = int(record["ts_event"]) // length * length
+            if start <= begin < end:
+                by_bar.setdefault((begin, int(record["instrument_id"])), []).append(record)
+        return [
+            dbn.OHLCVMsg(
+                dbn.RType.from_schema(dbn.Schema.from_str(schema)), 1, native, begin, int(held[0]["price"]),
+                max(int(r["price"]) for r in held), min(int(r["price"]) for r in held), int(held[-1]["price"]),
+                sum(int(r["size"]) for r in held),
+            )
+            for (begin, native), held in sorted(by_bar.items())
+        ]  # fmt: skip
+
     def _body(self, form: dict[str, str], listings: list[Listing]) -> bytes:
         start, end = int(form["start"]), int(form["end"])
         if form["schema"] == "tbbo":
             return self._records(listings, start, end).tobytes()
+        if form["schema"] in BARS:
+            return b"".join(map(bytes, self._bars(listings, start, end, form["schema"])))
         days = range(-(-start // DAY), (end - 1) // DAY + 1)  # all of a day stand at its begin
         return b"".join(bytes(i.definition(day * DAY)) for day in days for i in listings if i.defined)
 

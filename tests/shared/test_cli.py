@@ -38,7 +38,9 @@ def tapeline(*args: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
     """A command, ended; `replay` and `backfill` without the stages of options unless OPTIONS is given."""
     fewer = NO_OPTIONS if args[0] in ("replay", "backfill") else {}
     clean = {
-        k: v for k, v in os.environ.items() if not k.startswith(("TAPELINE_", "REDIS_", "DATABASE_", "DATABENTO_"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TAPELINE_", "REDIS_", "DATABASE_", "DATABENTO_", "GCP_", "BIGQUERY_", "GOOGLE_"))
     }
     return subprocess.run(
         [sys.executable, "-P", "-m", "shared.cli", *args],
@@ -50,7 +52,8 @@ def test_every_command_is_there() -> None:
     top = {path[0] for path, _ in ALL}
     assert top == {
         "up", "run", "replay", "backfill", "generate", "tail", "watch", "status", "streams", "config",
-        "doctor", "warm", "demo", "instruments", "explain", "usage", "alerts",
+        "doctor", "warm", "demo", "instruments", "explain", "usage", "alerts", "dead-letters",
+        "import", "migrate",
     }  # fmt: skip
     assert {"streams list", "streams info", "streams trim", "streams drop-consumer", "config show", "config check"} <= {
         " ".join(path) for path, _ in ALL
@@ -68,7 +71,7 @@ def test_every_command_and_option_has_help(path: tuple[str, ...], command: click
 def test_data_commands_print_json() -> None:
     with_json = {" ".join(path) for path, c in ALL if any(p.name == "as_json" for p in c.params)}
     assert with_json >= {
-        "explain", "usage", "instruments", "alerts list",
+        "explain", "usage", "instruments", "alerts list", "migrate",
         "status", "tail", "replay", "generate", "doctor", "config show", "config check",
         "streams list", "streams info", "streams trim", "streams drop-consumer",
     }  # fmt: skip

@@ -36,7 +36,8 @@ def test_every_setting_has_its_own_variable() -> None:
 @pytest.mark.parametrize(("alias", "setting"), sorted(ALIASES.items()))
 def test_older_names_work_and_yield_to_the_new_ones(alias: str, setting: str) -> None:
     section, name = setting.split(".")
-    fits = {"databento.stype": ("parent", "raw_symbol"), "aggregate.timeframes": ("15s", "1m")}
+    fits = {"databento.stype": ("parent", "raw_symbol"), "aggregate.timeframes": ("15s", "1m"),
+            "bigquery.batch_rows": ("10", "20"), "bigquery.batch_ms": ("10", "20")}  # fmt: skip
     fit = fits.get(setting, ("one", "two"))
     s = load(environ={alias: fit[0]})
     assert fit[0] in str(getattr(getattr(s, section), name))

@@ -60,8 +60,6 @@ def test_nothing_is_read_from_a_store_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "s.db").exists()
     (tmp_path / "s.db").touch()
     assert newest_cvd(url, "ES", T0) is None
-    with pytest.raises(ConfigError, match="not yet a store of this version: postgresql"):
-        newest_cvd("postgresql://h/db", "ES", T0)
     (tmp_path / "s.db").write_bytes(b"garbage" * 1000)
     with pytest.raises(ConfigError, match="cannot be read"):
         newest_cvd(url, "ES", T0)
@@ -104,3 +102,27 @@ def test_read_rows(tmp_path: Path) -> None:
     assert read_rows(url, "late_counts") == []
     with pytest.raises(ConfigError, match="no table or column"):
         read_rows(url, "x; drop table gaps")
+    for where, columns in (({"colour": 1}, None), (None, ["colour"])):
+        with pytest.raises(ConfigError, match="candles_1m has no column 'colour'; it has: time, ticker, symbol"):
+            read_rows(url, "candles_1m", where, columns=columns)
+
+
+def test_bounds_are_instants_not_texts(tmp_path: Path) -> None:
+    url = _write(tmp_path / "s.db", candles(rows(20)))
+
+    def seconds(since: str, until: str) -> list[str]:
+        got = read_rows(url, "candles_1m", {"ticker": "ES"}, since=since, until=until, columns=["time"])
+        return [row["time"][-3:-1] for row in got]
+
+    # As texts 23:01:00Z would be behind 23:01:00.5Z, and 23:01:03Z behind 23:01:03.000000001Z.
+    assert seconds("2023-12-25T23:01:00.5Z", "2023-12-25T23:01:03.000000001Z") == ["01", "02", "03"]
+    assert seconds("2023-12-25T23:01:08", "2023-12-26") == ["08", "09"]
+    with pytest.raises(ConfigError, match="'yesterday' is no instant"):
+        seconds("yesterday", "2023-12-26")
+
+
+def test_of_the_rows_of_one_instant_the_key_decides_which_are_newest(tmp_path: Path) -> None:
+    url = _write(tmp_path / "s.db", candles(rows(2)), candles(rows(4, 1)))
+    assert [(r["ticker"], r["time"][-3:-1]) for r in read_rows(url, "candles_1m", last=3)] == [
+        ("6E", "02"), ("ES", "01"), ("ES", "02")
+    ]  # fmt: skip

@@ -63,7 +63,14 @@ def test_what_up_runs_follows_the_settings() -> None:
     assert names(TAPELINE_SINK_MODES="ticks")[1:] == ["ingest-synthetic", "sink-sqlite"]
     assert "redis" not in names(REDIS_URL="redis://elsewhere:6379/0")
     assert names(TAPELINE_AGGREGATE_WORKERS="3")[2:5] == ["aggregate-1", "aggregate-2", "aggregate-3"]
-    assert "sink-sqlite" not in names(TAPELINE_STORE="postgresql://h/db")
+    assert names(TAPELINE_STORE="postgresql://h/db")[-1:] == ["sink-timescale"]
+    assert names(TAPELINE_STORE="postgres://h/db", TAPELINE_TIMESCALE_WORKERS="2")[-2:] == [
+        "sink-timescale-1",
+        "sink-timescale-2",
+    ]
+    assert names(TAPELINE_STORE="bigquery://project/dataset", TAPELINE_TIMESCALE_WORKERS="2")[-1] == "sink-bigquery"
+    assert names(GCP_PROJECT_ID="p")[-1] == "sink-sqlite"
+    assert names(GCP_PROJECT_ID="p", BIGQUERY_DATASET="d")[-2:] == ["sink-sqlite", "sink-bigquery"]
     assert {p.args[0] for p in programs(Settings())} <= set(SERVICES) | {"redis"}
 
 
