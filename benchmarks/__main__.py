@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import kernel, latency, machine, pipeline, pressure, tardis
+from benchmarks import kernel, latency, machine, pipeline, postgres, pressure, tardis
 
 PARTS = {
     "kernel": kernel.run, "pressure": pressure.run, "pipeline": pipeline.run, "latency": latency.run,
-    "tardis": tardis.run,
+    "tardis": tardis.run, "postgres": postgres.run_all,
 }  # fmt: skip
 
 

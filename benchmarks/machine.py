@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("numba", "numpy", "redis", "hiredis", "databento", "msgspec")
+PACKAGES = ("numba", "numpy", "redis", "hiredis", "databento", "msgspec", "asyncpg")
 
 
 def describe() -> dict[str, object]:

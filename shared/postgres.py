@@ -102,7 +102,7 @@ def errors(url: str) -> Iterator[None]:
         if isinstance(error, asyncpg.ClientConfigurationError):
             raise ConfigError(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
         raise StoreUnavailable(f"{where(url)} does not answer ({_line(error)})") from None
-    except ValueError as error:  # what asyncpg finds wrong with a URL
+    except (ValueError, OverflowError) as error:  # what asyncpg finds wrong with a URL
         raise ConfigError(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
 
 

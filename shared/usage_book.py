@@ -21,7 +21,7 @@ from shared.errors import BusBehind, Fenced, TapelineError
 from shared.frames import Frame, ns_of
 from shared.instruments import partition_of
 from shared.messages import Usage, encode
-from shared.settings import Settings
+from shared.settings import BIGQUERY_METHODS, Settings
 from shared.stores import read_rows
 from shared.supervise import find_bus
 from shared.usage import (
@@ -43,6 +43,8 @@ from shared.usage import (
 log = logging.getLogger(__name__)
 
 TOPIC = "usage"
+# What writing to a store costs is told like a feed, but no ingest runs it.
+STORES = {f"bigquery:{method}" for method in BIGQUERY_METHODS}
 
 
 class Book:
@@ -261,7 +263,7 @@ def collect(settings: Settings, first_day: str) -> tuple[list[Row], str]:
         try:
             with _deployment(settings) as (bus, _):
                 feeds = {name.decode() for name in bus.call("hkeys", bus.keys.feeds)}
-                for feed in feeds | {HISTORY} | {feed for feed, _ in found}:
+                for feed in feeds | {HISTORY} | STORES | {feed for feed, _ in found}:
                     for body in bus.call("hvals", bus.keys.usage(feed)):
                         add(row_of(body))
         except TapelineError as error:

@@ -31,10 +31,11 @@ class Endpoints:
 
 @pytest.fixture
 def bigquery() -> Iterator[BigQueryServer]:
-    """A BigQuery of the tests' own, empty."""
+    """A BigQuery of the tests' own, empty. A test fails if the server failed, or nothing met what it ordered."""
     with BigQueryServer() as server:
         yield server
-    assert not server.broken, server.broken
+    assert not server.broken
+    assert not server.unmet()
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ class _Keeper:
     def _write(self, bus: Bus, *, tell: bool) -> None:
         with self._lock:
             changed, self._changed = self._changed, set()
-            news = self._news if tell else set()
+            news = set(self._news) if tell else set()
             self._news -= news
         for feed in changed | news:
             try:

@@ -122,11 +122,9 @@ class _Proof:
 
     def announcements(self) -> tuple[bool, str]:
         entry = Announced("proof", 1, ledger.next_at(None), LOAD, self.jobs.writer)
-        loads = Loads(self.jobs, self.target, self.born, self.stop, _nothing)
+        loads = Loads(self.jobs, self.target, self.born, _nothing)
         loads.announce(entry)
-        rival = Loads(
-            Jobs(self.client, self.target, uuid4().hex, self.stop), self.target, self.born, self.stop, _nothing
-        )
+        rival = Loads(self._rival(), self.target, self.born, _nothing)
         try:
             rival.announce(entry)
         except Fenced:
@@ -137,9 +135,7 @@ class _Proof:
     def closed_off(self) -> tuple[bool, str]:
         self.jobs.close_off(f"{self.target.dataset}-late")
         try:
-            Jobs(self.client, self.target, uuid4().hex, self.stop).load(
-                f"{self.target.dataset}-late", "gaps", self._row("gaps").parquet()
-            )
+            self._rival().load(f"{self.target.dataset}-late", "gaps", self._row("gaps").parquet())
         except Fenced:
             return True, "nothing comes after it"
         return False, "a late job was taken"

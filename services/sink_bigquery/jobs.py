@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from services.sink_bigquery.clients import (
     CALL_SECONDS,
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 1000
 POLL_SECONDS, POLL_MAX_SECONDS = 0.05, 2.0
+LEAVE_SECONDS = 1.0
 WRITER = "tapeline_writer"
+_T = TypeVar("_T")
 
 
 class Jobs:
@@ -127,14 +129,46 @@ class Jobs:
         return job
 
 
-def together(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """All at once, each on a thread; raises the first failure after all have ended, or soon after `stop`.
+class Attended:
+    """Calls that may hang for a minute, each on a thread, so that `stop` ends the wait for it.
 
     The threads are daemons: a request that hangs keeps no process alive.
     """
-    if len(tasks) == 1:
-        tasks[0]()
-        return
+
+    def __init__(self, where: str, stop: threading.Event) -> None:
+        self._where, self._stop = where, stop
+        self._left: threading.Thread | None = None
+
+    def call(self, task: Callable[[], _T]) -> _T:
+        """The task's answer. Raises StoreUnavailable soon after `stop`, and while a task that was left goes on."""
+        if self._left is not None and self._left.is_alive():
+            raise StoreUnavailable(f"{self._where} has not answered yet")
+        answers: list[_T] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                answers.append(task())
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="bigquery", daemon=True)
+        thread.start()
+        stopped_at = 0.0
+        while thread.is_alive():
+            thread.join(0.1)
+            if self._stop.is_set():
+                stopped_at = stopped_at or time.monotonic()
+                if time.monotonic() - stopped_at > LEAVE_SECONDS:
+                    self._left = thread
+                    raise StoreUnavailable(f"{self._where} was not waited for any more; the next start looks at it")
+        if failures:
+            raise failures[0]
+        return answers[0]
+
+
+def together(tasks: Sequence[Callable[[], None]]) -> None:
+    """All at once, each on a thread; raises the first failure after all have ended."""
     failures: list[BaseException] = []
 
     def run(task: Callable[[], None]) -> None:
@@ -146,14 +180,8 @@ def together(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None
     threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
-    stopped_at = 0.0
     for thread in threads:
-        while thread.is_alive():
-            thread.join(0.1)
-            if stop.is_set():
-                stopped_at = stopped_at or time.monotonic()
-                if time.monotonic() - stopped_at > 1.0:
-                    raise StoreUnavailable("stopped while BigQuery was writing; the next start writes the batch again")
+        thread.join()
     worst = [e for e in failures if not isinstance(e, StoreUnavailable)] or failures
     if worst:
         raise worst[0]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 
-from services.sink_bigquery.clients import Missing, Target, call
+from services.sink_bigquery.clients import Missing, Target, bigquery, call
 from services.sink_bigquery.jobs import Jobs
 from services.sink_bigquery.ledger import instant
 from services.sink_bigquery.rows import Ready
-from services.sink_bigquery.schema import fields_of, table_of
+from services.sink_bigquery.schema import fields_of
 from services.sink_bigquery.tables import STORED_AT, Layout
 from services.sink_bigquery.views import newest_rows
 from shared.frames import FEATURE_COLUMNS, STATE_COLUMNS
@@ -26,8 +26,7 @@ _LEFT_HOURS = 24
 def mend(jobs: Jobs, target: Target, name: str, rows: Ready) -> None:
     """Write one table of a mending batch by jobs of this name. Raises StoreUnavailable."""
     table = f"mending_{name.rpartition('-')[0].replace('-', '_')}_{rows.layout.name}"
-    made = table_of(target, rows.layout, table)
-    made.clustering_fields = made.time_partitioning = None
+    made = bigquery.Table(target.full(table), schema=fields_of(rows.layout))
     # What a process leaves that is killed here goes by itself.
     made.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_LEFT_HOURS)
     call(target, f"create {table}", jobs.client.create_table, made, exists_ok=True)

@@ -7,7 +7,6 @@ A table of a batch is one Parquet file, loaded by the job of that batch and tabl
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from hashlib import blake2b
 
@@ -29,8 +28,8 @@ Spend = Callable[[str, int, int], None]
 class Loads:
     """Writes announcements and batches by jobs. `born`: of the ledger's table, milliseconds. `spend`: see costs.py."""
 
-    def __init__(self, jobs: Jobs, target: Target, born: int, stop: threading.Event, spend: Spend) -> None:
-        self.jobs, self._target, self._born, self._stop, self._spend = jobs, target, born, stop, spend
+    def __init__(self, jobs: Jobs, target: Target, born: int, spend: Spend) -> None:
+        self.jobs, self._target, self._born, self._spend = jobs, target, born, spend
 
     def name(self, bus: str, n: int, what: str) -> str:
         """Of a job, without the number of the attempt."""
@@ -50,7 +49,7 @@ class Loads:
         """All rows of an announced batch; returns the dead letters. Raises StoreUnavailable, Fenced."""
         late: list[DeadLetter] = []
         tasks = [lambda rows=rows: late.extend(self._table(entry, rows, mending)) for rows in tables]
-        together(tasks, self._stop)
+        together(tasks)
         dead = dead + late
         if dead:
             self._table(entry, letters(dead, entry.at_us), mending=False)

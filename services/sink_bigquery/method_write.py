@@ -103,7 +103,7 @@ class Streams:
         def table(rows: Ready) -> None:
             ends[rows.layout.name] = self._table(session, entry, rows)
 
-        together([lambda rows=rows: table(rows) for rows in tables], self._stop)  # type: ignore[misc]
+        together([lambda rows=rows: table(rows) for rows in tables])  # type: ignore[misc]
         for rows in tables:
             name = rows.layout.name
             session.tables[name].offset, size = ends[name]

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from services.sink_bigquery.clients import Missing, Target, bigquery, connect, target_at
+from services.sink_bigquery.clients import Missing, Target, bigquery, call, connect, target_at
 from services.sink_bigquery.ledger import instant, select, us_of
 from services.sink_bigquery.tables import FLAG, INSTANT, INTEGER, LAYOUTS, REAL, TEXT, Layout
 from services.sink_bigquery.views import VIEW_KEYS, VIEW_TYPES, newest_rows, types_of
-from shared.errors import ConfigError
+from shared.errors import AuthError, ConfigError
 from shared.frames import iso
 from shared.settings import BigQuery, load
 from shared.stores import instant as instant_of
@@ -47,7 +47,7 @@ def read_rows(
     try:
         known(table, (*(where or ()), *(columns or ())), tuple(types))
         sql, parameters, wanted = _statement(target, table, types, dict(where or {}), since, until, last, columns)
-        found = select(client, target, sql, parameters)
+        found = _select(client, target, table, sql, parameters)
         return [_row(table, types, wanted, row) for row in found]
     except Missing:
         return []
@@ -70,12 +70,22 @@ def newest_cvds(url: str, names: Mapping[str, int]) -> dict[str, float]:
                 bigquery.ArrayQueryParameter("befores", "INT64", [before // 1000 for before in left.values()]),
             ]
             try:
-                found |= {str(row["name"]): float(row["cvd_close"]) for row in select(client, target, sql, parameters)}
+                rows = _select(client, target, "candles", sql, parameters)
+                found |= {str(row["name"]): float(row["cvd_close"]) for row in rows}
             except Missing:
                 continue
         return found
     finally:
         client.close()
+
+
+def _select(client: Any, target: Target, table: str, sql: str, parameters: list[Any]) -> list[Any]:
+    """Of a dataset that does not exist BigQuery says that it may not be queried, "or perhaps it does not exist"."""
+    try:
+        return select(client, target, sql, parameters)
+    except AuthError:
+        call(target, f"look at {table}", client.get_table, target.full(table))
+        raise
 
 
 def _target(url: str) -> Target:

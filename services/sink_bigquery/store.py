@@ -16,7 +16,7 @@ from services.sink_bigquery import ledger, schema
 from services.sink_bigquery.clients import Missing, Refused, Target, connect, google, target_of
 from services.sink_bigquery.costs import Spent
 from services.sink_bigquery.forget import statements
-from services.sink_bigquery.jobs import Jobs
+from services.sink_bigquery.jobs import Attended, Jobs
 from services.sink_bigquery.ledger import INSERT, LOAD, REST, SESSION, STREAM, Announced, Part
 from services.sink_bigquery.method_insert import Inserts
 from services.sink_bigquery.method_load import Loads
@@ -72,6 +72,7 @@ class BigQueryStore:
         self.sharing, self.redo = "leader", dict[CursorKey, Cursor]()
         self.spent = Spent(self.method)
         self._stop = stop
+        self._attended = Attended(self.where, stop)
         self._client: Any = None
         self._loads: Loads | None = None
         self._streams: Any = None
@@ -86,7 +87,7 @@ class BigQueryStore:
 
     def open(self) -> None:
         """Connect, and bring the dataset up to date. Raises ConfigError, VersionError, StoreUnavailable."""
-        self._ready()
+        self._attended.call(self._ready)
 
     def _ready(self) -> Loads:
         if self._loads is not None:
@@ -109,7 +110,7 @@ class BigQueryStore:
             log.info("%s: made or changed %s", self.target.where, ", ".join(done))
         writer = uuid4().hex
         jobs = Jobs(self._client, self.target, writer, self._stop)
-        self._loads = Loads(jobs, self.target, born, self._stop, lambda *spent: self.spent.add(LOAD, *spent))
+        self._loads = Loads(jobs, self.target, born, lambda *spent: self.spent.add(LOAD, *spent))
         return self._loads
 
     def close(self) -> None:
@@ -128,6 +129,9 @@ class BigQueryStore:
 
     def cursors(self) -> dict[CursorKey, Cursor]:
         """How far each stream of each bus is stored for certain; `redo`: how far, if the last batch was finished."""
+        return self._attended.call(self._cursors)
+
+    def _cursors(self) -> dict[CursorKey, Cursor]:
         self._ready()
         for bus in self._buses.values():
             self._end(bus)
@@ -151,6 +155,9 @@ class BigQueryStore:
 
         Raises StoreUnavailable: the same batch is to be written again; Fenced.
         """
+        return self._attended.call(lambda: self._begin_or_go_on(batch))
+
+    def _begin_or_go_on(self, batch: Batch) -> int:
         names = {bus for bus, _, _ in batch.cursors}
         if len(names) != 1:
             raise TapelineError(f"a batch is of one bus, this one of {len(names)}")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 _json = msgspec.json.Encoder()
 _FLAGS = {0: False, 1: True}
+_BITS = {"integer": 32, "bigint": 64}
 
 
 class TimescaleForm:
@@ -42,3 +43,29 @@ class TimescaleForm:
     def json(self, values: list[Any]) -> list[Any]:
         """JSON texts."""
         return [_json.encode(value).decode() for value in values]
+
+
+def unfit(value: Any, kind: str) -> str:
+    """Why a value cannot be sent as one of this type of PostgreSQL's; empty if it can."""
+    if value is None:
+        return ""
+    if kind == "text":
+        return _no_text(value)
+    if kind in _BITS:
+        limit = 1 << (_BITS[kind] - 1)
+        return "" if isinstance(value, int) and -limit <= value < limit else f"{value!r:.40} is out of range for {kind}"
+    if kind == "boolean":
+        return "" if isinstance(value, bool) else f"{value!r:.40} is no boolean"
+    return ""
+
+
+def _no_text(value: Any) -> str:
+    if not isinstance(value, str):
+        return f"{value!r:.40} is no text"
+    if "\0" in value:
+        return "a text holds the character NUL, which PostgreSQL keeps in none"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "a text is no Unicode"
+    return ""

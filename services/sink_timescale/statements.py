@@ -25,13 +25,14 @@ from shared.tables import (
 _MESSAGES = [table for tables in MESSAGE_TABLES.values() for table in tables]
 _PROCESSING = frozenset(("revision", "timestamp_out", "latency_ms"))
 TICK_KEY = (*PLACE_COLUMNS, "timestamp")
+JSON = frozenset(("bids", "asks", *(c.name for table in _MESSAGES for c in table.columns if c.sort == "json")))
 
 
 class Into(NamedTuple):
     """How rows get into a table: through a temporary one, `create`d where the session has none.
 
     A pooler may hand over a session with the one of an older program in it, so its name says the schema's version.
-    `write` puts in what lies there, `mend` what was computed again ("" where that is the same).
+    `write` puts in what lies there, `mend` what was computed again. `singly` is for rows of which some are refused.
     """
 
     table: str
@@ -39,21 +40,67 @@ class Into(NamedTuple):
     temporary: str
     create: str
     write: str
-    mend: str = ""
+    mend: str
+    singly: Singly
+
+
+class Singly(NamedTuple):
+    """The same row by row, in the order of `n`: `create`, copy (n and the columns), `write` or `mend`, and `refused`
+    gives what the server did not take: n and the reason."""
+
+    temporary: str
+    create: str
+    columns: tuple[str, ...]
+    write: str
+    mend: str
+    refused: str
 
 
 def _into(table: str, columns: tuple[str, ...], key: Sequence[str], where: str = "", mend: str = "") -> Into:
     temporary = f"tapeline_{migrations()[-1].version}_{table}"
+    single = f"{temporary}_single"
+    names = ", ".join(f'"{c}"' for c in columns)
+    # As text until it is put in: text that is no JSON is then refused with its row, not while it is copied.
+    texts = ", ".join(f'"{c}"::text AS "{c}"' if c in JSON else f'"{c}"' for c in columns)
+    values = ", ".join(f'"{c}"::jsonb' if c in JSON else f'"{c}"' for c in columns)
     sets = ", ".join(f'"{c}" = excluded."{c}"' for c in columns if c not in key)
-    create = (
+
+    def put(source: str, sets: str) -> str:
+        into = f"INSERT INTO {table} ({names}) SELECT {values} FROM pg_temp.{source}"  # noqa: S608
+        return f"{into} ON CONFLICT ({_names(key)}) DO UPDATE SET {sets}"
+
+    write, mend = f"{sets} {where}", mend or f"{sets} {where}"
+    return Into(
+        table, columns, temporary,
         f"CREATE TEMPORARY TABLE IF NOT EXISTS {temporary} ON COMMIT DELETE ROWS AS "  # noqa: S608
-        f"SELECT {_names(columns)} FROM {table} WITH NO DATA"
-    )
-    insert = (
-        f"INSERT INTO {table} ({_names(columns)}) SELECT {_names(columns)} FROM pg_temp.{temporary} "  # noqa: S608
-        f"ON CONFLICT ({_names(key)}) DO UPDATE SET"
-    )
-    return Into(table, columns, temporary, create, f"{insert} {sets} {where}", f"{insert} {mend}" if mend else "")
+        f"SELECT {texts} FROM {table} WITH NO DATA",
+        put(temporary, write), put(temporary, mend),
+        Singly(
+            single,
+            f"DROP TABLE IF EXISTS pg_temp.{single}; CREATE TEMPORARY TABLE {single} ON COMMIT DROP AS "  # noqa: S608
+            f"SELECT 0 AS _n, {texts}, ''::text AS _reason FROM {table} WITH NO DATA",
+            ("_n", *columns),
+            _one_by_one(single, put(f"{single} WHERE ctid = here.at", write)),
+            _one_by_one(single, put(f"{single} WHERE ctid = here.at", mend)),
+            f"SELECT _n, _reason FROM pg_temp.{single} WHERE _reason <> '' ORDER BY _n",  # noqa: S608
+        ),
+    )  # fmt: skip
+
+
+def _one_by_one(single: str, put: str) -> str:
+    """A row that the server refuses undoes only itself. The classes are those of _REFUSED in the store."""
+    return f"""DO $$
+        DECLARE here record;
+        BEGIN
+            FOR here IN SELECT ctid AS at FROM pg_temp.{single} ORDER BY _n LOOP
+                BEGIN
+                    {put};
+                EXCEPTION WHEN data_exception OR integrity_constraint_violation OR program_limit_exceeded THEN
+                    UPDATE pg_temp.{single} SET _reason = SQLERRM || ' (SQLSTATE ' || SQLSTATE || ')'
+                    WHERE ctid = here.at;
+                END;
+            END LOOP;
+        END $$"""  # noqa: S608
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -107,6 +154,9 @@ INTO = {
 }  # fmt: skip
 WRITTEN = (*INTO, "gaps", "dead_letters", "sink_cursors")
 
+# Types of a table's columns.
+KINDS = """SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
+    WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped"""
 CURSORS = "SELECT bus, topic, partition, seq, stream_id FROM sink_cursors"
 _KEYS = "unnest($1::text[], $2::text[], $3::integer[])"
 # In one order, so that two sinks wait for each other rather than lock each other out.

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import asyncpg
 
 from services.sink_timescale import features
-from services.sink_timescale.form import TimescaleForm
+from services.sink_timescale.form import TimescaleForm, unfit
 from services.sink_timescale.schema import lacking, migrate
 from services.sink_timescale.statements import (
     ADVANCE,
@@ -31,6 +31,7 @@ from services.sink_timescale.statements import (
     FORGET_TICKS,
     GAPS,
     INTO,
+    KINDS,
     LOCK,
     WRITTEN,
     Into,
@@ -52,12 +53,14 @@ FORM = TimescaleForm()
 # A correction may have to unpack much of a compressed chunk, so a statement has time; the server gives up first.
 COMMAND_SECONDS = 120.0
 STOP_SECONDS = 2.0
-# A sink that stands still in a transaction holds its cursors: its successor must not wait for ever.
+# A sink that stands still in a transaction holds its cursors: its successor must not wait for ever. And what Redis is
+# told is stored must outlive a crash of the server.
 _BEGIN = f"""BEGIN; SET LOCAL statement_timeout = '{COMMAND_SECONDS - 10:.0f}s';
-    SET LOCAL idle_in_transaction_session_timeout = '60s'"""
+    SET LOCAL idle_in_transaction_session_timeout = '60s';
+    SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"""
 _BEGIN_TIMESCALE = f"{_BEGIN}; SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0"
 # What is raised about rows, not about the database: values, constraints, a key too long for its index; the same key
-# twice in one statement (21000), which is no fault of either row; and what the client cannot encode.
+# twice in one statement, which is no fault of either row; and what the client cannot send.
 _REFUSED = (
     asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError,
     asyncpg.CardinalityViolationError, ValueError, TypeError, OverflowError,
@@ -277,41 +280,47 @@ async def _forget(connection: Any, batch: Batch) -> None:
 async def _insert(connection: Any, prepared: Prepared, *, mend: bool) -> list[DeadLetter]:
     """Insert; rows that are refused become dead letters, and what they superseded is tried instead."""
     rows, into = prepared.rows, INTO[prepared.table]
-    sql = (into.mend if mend else "") or into.write
-    await connection.execute(into.create)
-    refused = await _each(connection, into, sql, rows, 0, len(rows))
+    if not len(rows):
+        return []
+    await connection.execute(f"{into.create}; SAVEPOINT rows")
+    try:
+        await _copy(connection, into.temporary, into.columns, rows.columns)
+        await connection.execute(into.mend if mend else into.write)
+    except _REFUSED:
+        await connection.execute("ROLLBACK TO SAVEPOINT rows")
+    else:
+        return []
+    refused = await _singly(connection, into, rows, mend=mend)
     dead = [prepared.dead(rows, i, reason) for i, reason in refused]
-    if refused and len(prepared.spare):
+    if len(prepared.spare):
         keys = {int(rows.group[i]) for i, _ in refused}
         spare = prepared.spare.only([i for i, key in enumerate(prepared.spare.group.tolist()) if key in keys])
-        # One after the other, for they are revisions of the same few keys.
-        for i in range(len(spare)):
-            dead += [prepared.dead(spare, *found) for found in await _each(connection, into, sql, spare, i, i + 1)]
+        refused = await _singly(connection, into, spare, mend=mend)
+        dead += [prepared.dead(spare, i, reason) for i, reason in refused]
     return dead
 
 
-async def _each(connection: Any, into: Into, sql: str, rows: Bound, start: int, end: int) -> list[tuple[int, str]]:
-    """Insert rows [start:end] but those that are refused: (index, reason). Halves find them."""
-    if start == end:
-        return []
-    await connection.execute("SAVEPOINT rows")
-    try:
-        records = zip(*(column[start:end] for column in rows.columns), strict=True)
-        await connection.copy_records_to_table(
-            into.temporary, schema_name="pg_temp", columns=into.columns, records=records
-        )
-        await connection.execute(sql)
-        if end - start < len(rows):
-            await connection.execute(f"DELETE FROM pg_temp.{into.temporary}")
-        await connection.execute("RELEASE SAVEPOINT rows")
-    except _REFUSED as error:
-        await connection.execute("ROLLBACK TO SAVEPOINT rows; RELEASE SAVEPOINT rows")
-        if end - start == 1:
-            return [(start, f"{type(error).__name__}: {' '.join(str(error).split())}")]
-        middle = (start + end) // 2
-        left = await _each(connection, into, sql, rows, start, middle)
-        return left + await _each(connection, into, sql, rows, middle, end)
-    return []
+async def _singly(connection: Any, into: Into, rows: Bound, *, mend: bool) -> list[tuple[int, str]]:
+    """Insert rows one by one but those that are refused: (index, reason)."""
+    single = into.singly
+    await connection.execute(single.create)
+    kinds = dict(await connection.fetch(KINDS, f"pg_temp.{single.temporary}"))
+    reasons = {
+        i: f"{name}: {reason}"
+        for name, column in zip(into.columns, rows.columns, strict=True)
+        for i, value in enumerate(column)
+        if (reason := unfit(value, kinds[name]))
+    }
+    fit = [i for i in range(len(rows)) if i not in reasons]
+    await _copy(connection, single.temporary, single.columns, [fit, *rows.only(fit).columns])
+    await connection.execute(single.mend if mend else single.write)
+    reasons |= {i: " ".join(reason.split()) for i, reason in await connection.fetch(single.refused)}
+    return sorted(reasons.items())
+
+
+async def _copy(connection: Any, table: str, names: tuple[str, ...], columns: list[list[Any]]) -> None:
+    records = zip(*columns, strict=True)
+    await connection.copy_records_to_table(table, schema_name="pg_temp", columns=names, records=records)
 
 
 def _gaps(batch: Batch) -> list[tuple[Any, ...]]:

@@ -19,10 +19,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import grpc
+
+
+T = TypeVar("T")
 
 
 class Refuse(Exception):
@@ -60,6 +63,7 @@ class Call:
     polls: int = 0
     error: tuple[str, str] | None = None
     text: str = ""
+    offset: int = -1
 
 
 Action = Callable[[Call], None]
@@ -92,6 +96,8 @@ class Orders:
         self.calls: list[Call] = []
         self._orders: list[Order] = []
         self._lock = threading.Lock()
+        # Held for the effect of a call, never while an order is carried out.
+        self.effects = threading.RLock()
 
     def order(
         self,
@@ -108,16 +114,31 @@ class Orders:
             self._orders.append(made)
         return made
 
-    def meet(self, call: Call) -> list[Action]:
-        """Run what is due before the call; returns what is due after it."""
+    def carry_out(self, call: Call, effect: Callable[[], T]) -> T:
+        """The effect of a call with what is ordered around it; `after` is of calls that were carried out."""
         with self._lock:
             self.calls.append(call)
             due = [order for order in self._orders if order.due(call)]
         for order in due:
-            order.done += 1
             if order.before:
+                order.done += 1
                 order.before(call)
-        return [order.after for order in due if order.after]
+        try:
+            with self.effects:
+                answer = effect()
+        except BaseException:
+            for order in due:
+                order.met -= order.after is not None
+            raise
+        for order in due:
+            if order.after:
+                order.done += 1
+                order.after(call)
+        return answer
+
+    def unmet(self) -> list[Order]:
+        """Orders that nothing has met."""
+        return [order for order in self._orders if not order.done]
 
     def seen(self, kind: str, table: str = "") -> list[Call]:
         """The calls of a kind so far, of one table or of all."""
@@ -193,7 +214,7 @@ class BigQueryServer(Orders):
         self.project = project
         # Errors of this server's own: a test that meets one has to fail.
         self.broken: list[Exception] = []
-        self.warehouse = Warehouse(project)
+        self.warehouse = Warehouse(project, self.effects)
         self._rest = Rest(self)
         self.write = WriteService(self)
 

@@ -92,17 +92,10 @@ class Rest:
             return status, answer, request.answered
         return 400, _error(Refuse(400, "invalid", f"this server has no {method} {split.path}")), {}
 
-    def _done(self, call: Call, effect: Callable[[], Answer]) -> Answer:
-        """A call with the orders for it."""
-        after = self.server.meet(call)
-        with self.warehouse.lock:
-            answer = effect()
-        for act in after:
-            act(call)
-        return answer
-
     def get_dataset(self, request: Request, dataset: str) -> Answer:
-        return self._done(Call("datasets.get"), lambda: (200, copy.deepcopy(self.warehouse.dataset(dataset))))
+        return self.server.carry_out(
+            Call("datasets.get"), lambda: (200, copy.deepcopy(self.warehouse.dataset(dataset)))
+        )
 
     def insert_dataset(self, request: Request) -> Answer:
         resource = request.json()
@@ -115,7 +108,7 @@ class Rest:
             self.warehouse.datasets[name] = self.warehouse.stamp(resource)
             return 200, resource
 
-        return self._done(Call("datasets.insert"), effect)
+        return self.server.carry_out(Call("datasets.insert"), effect)
 
     def patch_dataset(self, request: Request, dataset: str) -> Answer:
         def effect() -> Answer:
@@ -125,7 +118,7 @@ class Rest:
                 held[name] = {**held.get(name, {}), **value} if name == "labels" else value
             return 200, self.warehouse.stamp(held)
 
-        return self._done(Call("datasets.patch"), effect)
+        return self.server.carry_out(Call("datasets.patch"), effect)
 
     def list_tables(self, request: Request, dataset: str) -> Answer:
         def effect() -> Answer:
@@ -137,12 +130,12 @@ class Rest:
             more = {"nextPageToken": str(at + size)} if at + size < len(some) else {}
             return 200, {"tables": some[at : at + size], "totalItems": len(some), **more}
 
-        return self._done(Call("tables.list"), effect)
+        return self.server.carry_out(Call("tables.list"), effect)
 
     def insert_table(self, request: Request, dataset: str) -> Answer:
         resource = request.json()
         name = resource["tableReference"]["tableId"]
-        return self._done(
+        return self.server.carry_out(
             Call("tables.insert", name), lambda: (200, self.warehouse.create_table(dataset, resource).resource)
         )
 
@@ -152,7 +145,7 @@ class Rest:
             streamed = {"streamingBuffer": {"estimatedRows": str(sum(held.streamed))}} if any(held.streamed) else {}
             return 200, {**held.resource, "numRows": str(len(held.rows)), **streamed}
 
-        return self._done(Call("tables.get", table), effect)
+        return self.server.carry_out(Call("tables.get", table), effect)
 
     def patch_table(self, request: Request, dataset: str, table: str) -> Answer:
         def effect() -> Answer:
@@ -161,7 +154,7 @@ class Rest:
             self.warehouse.patch_table(held, request.json())
             return 200, held.resource
 
-        return self._done(Call("tables.patch", table), effect)
+        return self.server.carry_out(Call("tables.patch", table), effect)
 
     def delete_table(self, request: Request, dataset: str, table: str) -> Answer:
         def effect() -> Answer:
@@ -169,7 +162,7 @@ class Rest:
             del self.warehouse.tables[dataset, table]
             return 204, None
 
-        return self._done(Call("tables.delete", table), effect)
+        return self.server.carry_out(Call("tables.delete", table), effect)
 
     def insert_all(self, request: Request, dataset: str, table: str) -> Answer:
         given = request.json()
@@ -202,7 +195,9 @@ class Rest:
             told = [{"index": i, "errors": [errors[i]]} for i in sorted(errors)]
             return 200, {"kind": "bigquery#tableDataInsertAllResponse", **({"insertErrors": told} if told else {})}
 
-        return self._done(Call("tabledata.insertAll", table, rows=len(rows), bytes=len(request.body)), effect)
+        return self.server.carry_out(
+            Call("tabledata.insertAll", table, rows=len(rows), bytes=len(request.body)), effect
+        )
 
     def list_rows(self, request: Request, dataset: str, table: str) -> Answer:
         def effect() -> Answer:
@@ -211,7 +206,7 @@ class Rest:
             rows = [tuple(row[f["name"]] for f in fields) for row in held.rows]
             return 200, _page(fields, rows, request.options)
 
-        return self._done(Call("tabledata.list", table), effect)
+        return self.server.carry_out(Call("tabledata.list", table), effect)
 
     def insert_query(self, request: Request) -> Answer:
         resource = request.json()
@@ -238,7 +233,7 @@ class Rest:
             upload = uuid.uuid4().hex
             self.uploads[upload] = (request.json(), bytearray())
             request.answered["Location"] = f"{self.server.url}/upload/resumable/{upload}"
-            return self._done(Call("jobs.insert.begin", name=_job_id(request.json())), lambda: (200, {}))
+            return self.server.carry_out(Call("jobs.insert.begin", name=_job_id(request.json())), lambda: (200, {}))
         if kind != "multipart":
             raise Refuse(400, "invalid", f"no such uploadType: {kind}")
         head = f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode()
@@ -292,7 +287,7 @@ class Rest:
             self.warehouse.jobs[call.name] = job
             return 200, _shown(job)
 
-        return self._done(call, take)
+        return self.server.carry_out(call, take)
 
     def _finish(self, job: Resource) -> None:
         if job["status"]["state"] == "DONE":
@@ -319,7 +314,7 @@ class Rest:
         return job
 
     def get_job(self, request: Request, job: str) -> Answer:
-        return self._done(Call("jobs.get", name=job), lambda: (200, _shown(self._job(job))))
+        return self.server.carry_out(Call("jobs.get", name=job), lambda: (200, _shown(self._job(job))))
 
     def query_results(self, request: Request, job: str) -> Answer:
         def effect() -> Answer:
@@ -334,7 +329,7 @@ class Rest:
                 answer |= {k: v for k, v in held["statistics"]["query"].items() if k == "numDmlAffectedRows"}
             return 200, answer
 
-        return self._done(Call("jobs.getQueryResults", name=job), effect)
+        return self.server.carry_out(Call("jobs.getQueryResults", name=job), effect)
 
 
 class Request:

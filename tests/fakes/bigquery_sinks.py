@@ -53,7 +53,10 @@ class Sink:
 
     def ended(self, timeout: float = 20.0) -> int:
         """Wait for its end; its exit code."""
-        until(lambda: self.status is not None, timeout, f"the sink's end; it says:\n{self.text}")
+        try:
+            until(lambda: self.status is not None, timeout, "the sink's end")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it says:\n{self.text}") from None
         assert self.status is not None
         return self.status
 

@@ -101,11 +101,10 @@ def checked_schema(schema: Resource) -> Resource:
 
 
 class Warehouse:
-    """Everything that is stored. The lock is held for the effect of a call, never while an order is carried out."""
+    """Everything that is stored."""
 
-    def __init__(self, project: str) -> None:
-        self.project = project
-        self.lock = threading.RLock()
+    def __init__(self, project: str, lock: threading.RLock) -> None:
+        self.project, self.lock = project, lock
         self.datasets: dict[str, Resource] = {}
         self.tables: dict[tuple[str, str], Table] = {}
         self.jobs: dict[str, Resource] = {}

@@ -102,14 +102,6 @@ class WriteService:
             },
         )  # fmt: skip
 
-    def _done(self, call: Call, effect: Callable[[], Any]) -> Any:
-        after = self.server.meet(call)
-        with self.warehouse.lock:
-            answer = effect()
-        for act in after:
-            act(call)
-        return answer
-
     def _table(self, parent: str) -> tuple[str, str, Table]:
         parts = parent.split("/")
         if len(parts) != 6 or parts[0::2] != ["projects", "datasets", "tables"] or parts[1] != self.server.project:
@@ -133,7 +125,7 @@ class WriteService:
             return self._shown(made, table)
 
         call = Call("CreateWriteStream", request.parent.rpartition("/")[2])
-        return self._done(call, effect)
+        return self.server.carry_out(call, effect)
 
     def _shown(self, stream: Stream, table: Table) -> Any:
         fields = [
@@ -158,7 +150,7 @@ class WriteService:
             stream = self._stream(request.name)
             return self._shown(stream, self.warehouse.table(stream.dataset, stream.table))
 
-        return self._done(Call("GetWriteStream", name=request.name), effect)
+        return self.server.carry_out(Call("GetWriteStream", name=request.name), effect)
 
     def _finalize(self, request: Any) -> Any:
         found = self.streams.get(request.name)
@@ -168,7 +160,7 @@ class WriteService:
             stream.finalized = True
             return types.FinalizeWriteStreamResponse(row_count=stream.next)
 
-        return self._done(Call("FinalizeWriteStream", found.table if found else "", request.name), effect)
+        return self.server.carry_out(Call("FinalizeWriteStream", found.table if found else "", request.name), effect)
 
     def _append_rows(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """One connection: requests are answered in order."""
@@ -220,7 +212,8 @@ class Connection:
         table = self.name.split("/")[5] if self.name.count("/") == 7 else ""
         rows = len(request.proto_rows.rows.serialized_rows)
         call = Call("AppendRows", table, self.name, rows, size)
-        return self.service._done(call, lambda: self._effect(size, request, first))
+        call.offset = request.offset if "offset" in request else -1
+        return self.service.server.carry_out(call, lambda: self._effect(size, request, first))
 
     def _effect(self, size: int, request: Any, first: bool) -> Any:
         if size > MAX_BYTES:

@@ -29,6 +29,23 @@ from tests.wait import on_disk, until
 BOTH = pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 
 
+COIN = Instrument(instrument_id(*FIXED_NAMES[0]), *FIXED_NAMES[0], "binance-futures:BTC", "tardis:binance-futures",
+                  ticker="binance-futures:BTCUSDT")  # fmt: skip
+FRONTS = [Instrument(instrument_id("GLBX.MDP3", s), "GLBX.MDP3", s, s[:2], "databento") for s in ("ESH4", "6EH4")]
+
+
+def publish(bus: Bus, partition: int, *instruments: Instrument) -> None:
+    """As a feed does before their first tick."""
+    fields = {str(i.id): msgspec.json.encode(i) for i in instruments}
+    bus.call("hset", bus.keys.instruments(partition), mapping=fields)
+
+
+def deploy(bus: Bus) -> None:
+    """One partition, and its instruments but for deribit's."""
+    bus.deploy(1)
+    publish(bus, 0, COIN, *FRONTS)
+
+
 class Place:
     """A store and sinks for it."""
 
@@ -55,7 +72,7 @@ def store(request: pytest.FixtureRequest, bus: Bus, tmp_path: Path) -> Place:
     kind = request.node.callspec.params.get("kind", "sqlite") if hasattr(request.node, "callspec") else "sqlite"
     path = tmp_path / "store.db"
     url = request.getfixturevalue("pg_url") if kind == "postgresql" else f"sqlite:///{path}"
-    bus.deploy(1)
+    deploy(bus)
     return Place(url, path, bus)
 
 
@@ -81,7 +98,6 @@ def test_history_and_live_are_one(store: Place, bus: Bus, kind: str) -> None:
         store.stored(6)
         with (
             Follower(store.url, bus, history=3) as rolling,
-            Follower(store.url, bus, history=0) as live,
             Follower(store.url, bus, since=T0 + NS) as since,
             Follower(store.url, bus, "binance-futures:BTCUSDT", "1m", history=2) as one,
             Follower(store.url, bus, "BTC-PERPETUAL", "60s", history=100) as other,
@@ -97,8 +113,6 @@ def test_history_and_live_are_one(store: Place, bus: Bus, kind: str) -> None:
             new = [(5, 0), (3, 1), (4, 1), (6, 0)]
             assert rolling.reaches(7) == [(2, 0), (3, 0), (4, 0), *new]
             assert since.reaches(8) == [*((n, 0) for n in range(1, 5)), *new]
-            # It began with second 4, which it was not given; what it gets of it is the correction.
-            assert live.reaches(3) == [(5, 0), (4, 1), (6, 0)]
             assert [bar.symbol for bar in one.bars] == ["BTCUSDT"] * len(one.bars)
             one.reaches(3)
             other.reaches(6)
@@ -114,15 +128,34 @@ def test_history_and_live_are_one(store: Place, bus: Bus, kind: str) -> None:
         assert bars_again.bars[-3:] == one.bars
 
 
+def test_without_history_it_begins_with_what_is_made_next(store: Place, bus: Bus) -> None:
+    stage = Stage(bus)
+    stage.put(second(0))
+    with store.sinking():
+        store.stored(1)
+        with Follower(store.url, bus) as follower:
+            newest = 0
+            while not follower.bars:  # until it has begun
+                newest += 1
+                stage.put(second(newest))
+                store.stored(stage.seq)
+            begun = follower.seen[0][0]
+            assert begun > 0
+            # Of the bar before, which it was not given, it gets the correction; of one before that nothing.
+            stage.put(second(begun - 2, revision=1), second(begun - 1, revision=1), second(newest + 1))
+            told = follower.reaches(newest - begun + 3)
+            assert told == [*((n, 0) for n in range(begun, newest + 1)), (begun - 1, 1), (newest + 1, 0)]
+
+
 @BOTH
 def test_it_goes_on_through_restarts_of_all(
     store: Place, server: EmbeddedRedis, pg_url: str, postgres: PostgresServer, kind: str
 ) -> None:
     own = Bus(server.url, "chaos")
-    own.deploy(1)
+    deploy(own)
     stage = Stage(own)
     stage.put(*(second(n) for n in range(3)))
-    with Follower(store.url, own, history=2) as follower:  # before there is a store at all
+    with Follower(store.url, own, history=99) as follower:  # before there is a store at all
         with store.sinking(own):
             follower.reaches(3)
             stage.put(second(3))
@@ -177,6 +210,8 @@ def test_a_slow_one_goes_through_the_store_where_the_stream_was_trimmed(store: P
             # Where it had got to, then the store: each at its newest revision.
             assert told[:3] == [(0, 0), (1, 0), (2, 0)]
             assert sorted(told[3:]) == sorted([(1, 1), (50, 2), *((n, 0) for n in range(3, 91) if n != 50)])
+            first = [at for at, _ in told if at != 1]
+            assert first == sorted(first)
             stage.put(second(91))
             assert follower.reaches(93)[92] == (91, 0)
     small.close()
@@ -193,7 +228,7 @@ def test_another_bus_in_the_same_place(store: Place, bus: Bus, kind: str) -> Non
             # Emptied under way; the tape begins again, from where the feed can go back to.
             for key in list(bus.client.scan_iter(f"{bus.keys.namespace}:*")):
                 bus.client.delete(key)
-            bus.deploy(1)
+            deploy(bus)
             again = Stage(bus)
             again.put(*(second(n) for n in range(3, 9)))
             assert follower.reaches(5) == [(4, 0), (5, 0), (6, 0), (7, 0), (8, 0)]
@@ -203,7 +238,7 @@ def test_another_bus_in_the_same_place(store: Place, bus: Bus, kind: str) -> Non
 
 def test_a_tail_that_redis_lost_comes_again_once(store: Place, server: EmbeddedRedis) -> None:
     own = Bus(server.url, "lost")
-    own.deploy(1)
+    deploy(own)
     stage = Stage(own)
     stage.put(*(second(n) for n in range(4)))
     with store.sinking(own):
@@ -245,27 +280,23 @@ def test_a_store_that_is_behind_is_waited_for(store: Place, bus: Bus, caplog: py
 
 
 def test_everybody_reads_his_own_partition(store: Place, bus: Bus) -> None:
-    bus.client.delete(bus.keys.deployment)
+    bus.client.delete(bus.keys.deployment, bus.keys.instruments(0))
     bus.deploy(4)
     crypto = partition_of("binance-futures:BTC", 4)
-    coin = Instrument(instrument_id(*FIXED_NAMES[0]), *FIXED_NAMES[0], "binance-futures:BTC", "tardis:binance-futures",
-                      ticker="binance-futures:BTCUSDT")  # fmt: skip
-    front = Instrument(instrument_id("GLBX.MDP3", "ESH4"), "GLBX.MDP3", "ESH4", "ES", "databento")
     stages = {p: Stage(bus, p) for p in range(4)}
     es = stages[partition_of("ES", 4)]
     contracts = [("GLBX.MDP3", "ESH4"), ("GLBX.MDP3", "ES")]
     with (
         store.sinking(partitions=4),
-        Follower(store.url, bus, "ES") as ticker,  # nothing of it is published yet: the name decides
-        Follower(store.url, bus, "binance-futures:BTCUSDT", "1m") as unknown,
-        Follower(store.url, bus, "ESH4", "1m") as contract,
-        Follower(store.url, bus, "GLBX.MDP3:ES", "1m") as continuous,
+        Follower(store.url, bus, "ES", history=9) as ticker,  # nothing of it is published yet: the name decides
+        Follower(store.url, bus, "binance-futures:BTCUSDT", "1m", history=9) as unknown,
+        Follower(store.url, bus, "ESH4", "1m", history=9) as contract,
+        Follower(store.url, bus, "GLBX.MDP3:ES", "1m", history=9) as continuous,
     ):
         es.put(second(0))
         ticker.reaches(1)
-        body = {str(i.id): msgspec.json.encode(i) for i in (coin, front)}
-        bus.call("hset", bus.keys.instruments(es.partition), str(front.id), body[str(front.id)])
-        bus.call("hset", bus.keys.instruments(crypto), str(coin.id), body[str(coin.id)])
+        publish(bus, es.partition, FRONTS[0])
+        publish(bus, crypto, COIN)
         es.put(candles(fixed(4), "candle", contracts), second(1))
         stages[crypto].put(bars(fixed(4)))
         for follower, symbol in ((unknown, "BTCUSDT"), (contract, "ESH4"), (continuous, "ES")):
@@ -286,6 +317,7 @@ def test_many_follow_and_none_stays_behind(store: Place, bus: Bus, pg_url: str, 
             readers = [Follower(pg_url, bus, ("ES", "6E")[n % 2], history=1) for n in range(4)]
             for each in readers:
                 each.__enter__()
+                each.reaches(1)
             stage.put(second(1), second(2))
             for each in (first, *readers):
                 assert each.reaches(3) == [(0, 0), (1, 0), (2, 0)]
