@@ -69,6 +69,7 @@ class Following:
         self._begun = since_ns is not None  # where the series begins for this follower is decided
         self._snapshot: Snapshot | None = None
         self._place: _Place | None = None
+        self._bus = ""  # that it read last
         self._trouble = ""
         self._pause = 0.05
 
@@ -125,10 +126,12 @@ class Following:
         partition, sure = found
         cursor = snapshot.cursors.get((bus, TOPIC, partition))
         # A sink that comes from another bus may still hold rows of that one; once it stores of this one it has not.
-        if cursor is None and all(other == bus for other, _, _ in snapshot.cursors):
+        others = {self._bus, *(other for other, _, _ in snapshot.cursors)} - {"", bus}
+        if cursor is None and not others:
             cursor = Cursor(0, START)
         if cursor is None or not await self._feed.holds(partition, cursor):
             return None, "the store is behind the bus (does its sink run?)"
+        self._bus = bus
         return _Place(bus, partition, cursor, sure), ""
 
     async def _read(self, place: _Place) -> list[Bar]:

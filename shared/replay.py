@@ -5,6 +5,7 @@ Exactly once holds as it does live: every worker, and the Redis, may be killed w
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from shared.errors import Unavailable
 from shared.keys import TOPICS
 from shared.registry import SINKS
 from shared.settings import Settings
+from shared.sink import store_of
+from shared.sink_reader import MODES
 from shared.sources import SourceSpec, programs
 from shared.stages import readers
 from shared.status import Reader
@@ -116,8 +119,9 @@ def run(plan: Plan, settings: Settings, config: str | None, tell: Callable[[Prog
     began = time.monotonic()
     own = settings_of(plan, settings)
     summary = Summary()
+    consumer = store_of(own, threading.Event()).name
     with Supervision(own, programs_of(plan, own), config, remove=True) as supervision:
-        bus = _wait_for_redis(supervision)
+        bus = _wait_for_redis(supervision, consumer)
         try:
             watch = Watch(bus, supervision, own)
             while not watch.look().drained:
@@ -133,17 +137,26 @@ def run(plan: Plan, settings: Settings, config: str | None, tell: Callable[[Prog
     return summary
 
 
-def _wait_for_redis(supervision: Supervision) -> Bus:
+def _wait_for_redis(supervision: Supervision, consumer: str) -> Bus:
+    """The bus, on which all is held for the sink."""
     s = supervision.settings
     bus = Bus(s.redis.url, s.tapeline.namespace, cluster=s.redis.cluster)
     while True:
         supervision.check()
         try:
             bus.ping()
+            _hold(bus, s, consumer)
         except Unavailable:
             time.sleep(0.05)
         else:
             return bus
+
+
+def _hold(bus: Bus, settings: Settings, consumer: str) -> None:
+    """Nothing is trimmed before the sink has it, which may take longer to start than a stage takes to be done."""
+    for topic in (topic for mode in settings.sink.modes for topic in MODES[mode]):
+        for partition in range(settings.tapeline.partitions):
+            bus.register(partition, topic, consumer)
 
 
 class Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
@@ -24,16 +25,25 @@ from services.ingest import gate, tardis_decode, tardis_pass
 from services.ingest.normalize import REASONS
 from services.pressure import layout as pressure_layout
 from services.signals import baseline, core, plugins, score
+from services.sink_bigquery import costs, doctor, ledger, views
+from services.sink_bigquery.tables import EVERY, LAYOUTS, LEDGER_LAYOUT
 from services.sink_sqlite.schema import migrate
-from shared import alerts, errors, messages, registry, usage
+from services.sink_timescale import server as timescale_server
+from services.sink_timescale.rollups import ROLLUPS
+from services.sink_timescale.store import TimescaleStore
+from shared import alerts, errors, import_files, messages, reader, registry, stores, usage
+from shared.bus import Bus
 from shared.cli import cli
 from shared.cli_run import EX_TEMPFAIL
 from shared.frames import CANDLE, FEATURE_COLUMNS, FIXED, LATE, PACKED, ROW_KINDS, TICK, Frame
 from shared.keys import TOPICS, Keys
 from shared.plugins import GROUP
-from shared.settings import ALIASES, SECTIONS, AlertRule, Settings, env_name, load
+from shared.postgres import connect, run
+from shared.settings import ALIASES, BIGQUERY_METHODS, SECTIONS, AlertRule, Settings, env_name, load
 from shared.stages import STAGES, readers
 from shared.tables import MESSAGE_TABLES
+from tests.services.sink_sqlite.tape import Stage, candles, rows, sinking, stored_seq
+from tests.wait import until
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -260,6 +270,172 @@ def test_queries_shown_run(text: str, schema: sqlite3.Connection) -> None:
     for statement in text.split(";"):
         if statement.strip():
             schema.execute(statement).fetchall()
+
+
+# -- stores --------------------------------------------------------------------------------------
+
+
+def levels(text: str) -> dict[str, str]:
+    """Level-3 heading -> what stands below it."""
+    parts = re.split(r"^### (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_kind_of_store_is_documented() -> None:
+    lines = {r[0]: r[1:] for r in table_rows(page("stores.md").partition("\n## ")[0])}
+    shown = [name for cell in lines["URL"] for name in quoted(cell)]
+    assert [stores.parse(url).scheme for url in shown] == list(stores.SCHEMES)
+    assert [name for cell in lines["service"] for name in quoted(cell)] == [registry.SINKS[s] for s in stores.SCHEMES]
+    managed = [f"letters-{scheme}" in registry.TOOLS for scheme in stores.SCHEMES]
+    assert [cell.startswith("yes") for cell in lines["`dead-letters` commands"]] == managed
+
+
+async def _columns(url: str) -> dict[tuple[str, str], str]:
+    connection = await connect(url)
+    try:
+        found = await connection.fetch(
+            "SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = 'public'"
+        )
+        return {(row["table_name"], row["column_name"]): row["data_type"] for row in found}
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+def postgres_schema(pg_url: str) -> str:
+    """URL of a database with the store's tables and views."""
+    store = TimescaleStore(pg_url)
+    store.open()
+    store.close()
+    return pg_url
+
+
+def test_the_types_of_every_store_are_documented(postgres_schema: str, schema: sqlite3.Connection) -> None:
+    # A line of the table -> a column of its kind.
+    columns = {
+        "text": ("candles", "symbol"), "number": ("candles", "close"), "whole number": ("candles", "trades"),
+        "`complete`": ("candles", "complete"), "instant of whole seconds": ("candles", "timestamp_in"),
+        "when a row was made": ("candles", "timestamp_out"),
+        "instant told by an exchange": ("ticks_trades", "timestamp"),
+        "`…_ns` beside it": ("ticks_trades", "timestamp_ns"),
+        "list (`bids`, `types`, `top_strikes`)": ("ticks_book_snapshots", "bids"),
+    }  # fmt: skip
+    lines = {r[0]: r[1:] for r in table_rows(sections(page("stores.md"))["Times and types"])}
+    held = run(_columns(postgres_schema))
+    names = {"timestamp with time zone": "timestamptz"}
+    for line, (table, column) in columns.items():
+        sqlite, postgres, bigquery = (re.split(r"[ ,]", cell)[0] for cell in lines[line])
+        (kind,) = next(schema.execute("SELECT type FROM pragma_table_info(?) WHERE name = ?", (table, column)))
+        kind_there = held[table, column]
+        assert sqlite == kind, line
+        assert (lines[line][1] if " " in kind_there else postgres).startswith(names.get(kind_there, kind_there)), line
+        assert bigquery == LAYOUTS[table].type_of(column), line
+
+
+def test_every_view_of_postgresql_is_documented(postgres_schema: str) -> None:
+    async def look() -> set[str]:
+        connection = await connect(postgres_schema)
+        try:
+            return {r[0] for r in await connection.fetch("SELECT viewname FROM pg_views WHERE schemaname = 'public'")}
+        finally:
+            await connection.close()
+
+    views_there = run(look())
+    parts = levels(sections(page("stores.md"))["PostgreSQL"])
+    text = parts["Views for notebooks and Grafana"]
+    own = {r[0].strip("`") for r in table_rows(text) if r[0].startswith("`")}
+    said = own | set(quoted(text.partition("| view |")[0]))
+    assert said == views_there - set(ROLLUPS)
+    assert set(ROLLUPS) <= set(quoted(parts["Roll-ups"]))
+    held = run(_columns(postgres_schema))
+    assert {column for table, column in held if table in ROLLUPS} <= set(quoted(parts["Roll-ups"]))
+    model = dict(re.findall(r"^  (\w+) +\w+\??(?: .*@map\(\"(\w+)\"\))?", parts["`ohlc_bars` and Prisma"], re.M))
+    assert {mapped or name for name, mapped in model.items()} == {c for t, c in held if t == "ohlc_bars"}
+    features = {r[0]: r[1:] for r in table_rows(parts["What TimescaleDB adds"])}
+    for feature, meaning in timescale_server.MEANING.items():
+        assert features[feature][-1] == meaning
+    for setting in (name for r in features.values() for name in quoted(r[0])):
+        assert tuple(setting.split(".")) in SETTINGS
+
+
+@pytest.mark.parametrize("text", blocks("postgresql"))
+def test_queries_of_postgresql_shown_run(text: str, postgres_schema: str) -> None:
+    async def work() -> None:
+        connection = await connect(postgres_schema)
+        try:
+            transaction = connection.transaction()
+            await transaction.start()
+            for statement in re.sub(r"^--.*$", "", text, flags=re.M).split(";"):
+                if statement.strip():
+                    await connection.fetch(statement)
+            await transaction.rollback()  # roles are the server's
+        finally:
+            await connection.close()
+
+    run(work())
+
+
+def test_every_table_view_and_method_of_bigquery_is_documented() -> None:
+    parts = levels(sections(page("stores.md"))["BigQuery"])
+    text = parts["Tables and views of BigQuery"]
+    told = {name for r in table_rows(text) for name in quoted(r[0])}
+    assert told - {"v_<table>_dedup"} == {name for name in views.VIEWS if not name.endswith("_dedup")}
+    assert {f"v_{name}_dedup" for name in LAYOUTS} <= set(views.VIEWS)
+    assert {field.name for field in LEDGER_LAYOUT.fields} | {ledger.STORED_AT, ledger.LEDGER} <= set(quoted(text))
+    for body in re.findall(r"^```bigquery\n(.*?)^```", page("stores.md"), re.M | re.S):
+        (name,) = re.findall(r"`my-project\.market\.(\w+)`", body)
+        assert name in (*EVERY, *views.VIEWS)
+        assert set(re.findall(r"^ORDER BY (\w+)", body, re.M)) <= set(views.VIEW_TYPES[name])
+    methods = {r[0].split()[0].strip("`"): r for r in table_rows(parts["Methods"]) if r[0] != "method"}
+    assert tuple(methods) == BIGQUERY_METHODS
+    for method, price in costs.USD_PER_GIB.items():
+        assert methods[method][2].startswith(f"{price:g} USD" if price else "free")
+    proofs = [r[0].strip("`") for r in table_rows(parts["What only a real project can prove"]) if r[0] != "line"]
+    assert proofs == [name for name, _ in object.__new__(doctor._Proof).all()]
+
+
+def test_every_column_that_an_import_knows_is_documented() -> None:
+    text = sections(page("stores.md"))["Candles from elsewhere"]
+    listed = {r[0].strip("`"): tuple(quoted(r[1])) for r in table_rows(text) if r[0] != "ours"}
+    for ours, names in import_files.FIELDS.items():
+        assert tuple(name for name in listed[ours] if name != "exchange:symbol") == names[1:], ours
+    assert set(listed) == set(import_files.FIELDS)
+
+
+def test_every_call_and_parameter_of_the_reader_is_documented() -> None:
+    told = [r for r in table_rows(sections(page("reader.md"))["What it gives"]) if r[0].startswith("`")]
+    calls = {re.split(r"\W", name)[0] for r in told if len(r) == 2 for name in quoted(r[0])} - {"since"}
+    assert calls == {n for n, m in vars(reader.MarketReader).items() if not n.startswith("_") and m is not None}
+    listed = {n: v.strip() for r in told if len(r) == 3
+              for n, v in zip(quoted(r[0]), r[1].split(","), strict=True)}  # fmt: skip
+    given = inspect.signature(reader.MarketReader).parameters
+    wanted = {name: p.default for name, p in given.items() if name not in ("store_url", "clock")}
+    assert set(listed) == set(wanted)
+    for name, value in wanted.items():
+        text = listed[name].strip("`")
+        assert (json.loads(text.lower()) if text[0] != '"' else text.strip('"')) == value, name
+
+
+def test_the_reader_shown_follows(bus: Bus, tmp_path: Path) -> None:
+    """From the store on, and over what comes on the bus while it runs."""
+    space: dict[str, Any] = {"__name__": "shown"}
+    (body,) = re.findall(r"^```python\n(.*?)^```", page("reader.md"), re.M | re.S)
+    exec(body, space)
+    path, stage = tmp_path / "store.db", Stage(bus)
+
+    async def follow() -> list[tuple[str, float]]:
+        url = f"sqlite:///{path}"
+        running = asyncio.ensure_future(space["main"](url, bus.url, "ES", 9, bus.keys.namespace))
+        for second in (6, 9):
+            await asyncio.to_thread(stage.put, candles(rows(6, second)))
+        return await asyncio.wait_for(running, 30)
+
+    with sinking(bus, path):
+        first = stage.put(candles(rows(12)))
+        until(lambda: stored_seq(path, "candles") == first)
+        seen = asyncio.run(follow())
+    assert len(seen) == 9
+    assert [at for at, _ in seen] == sorted({at for at, _ in seen})
 
 
 # -- the bus -------------------------------------------------------------------------------------

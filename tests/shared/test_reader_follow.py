@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,11 +14,15 @@ import pytest
 
 from services.sink_sqlite.store import SqliteStore
 from services.sink_timescale.store import TimescaleStore
+from shared.batches import Item, Source, batch_of
 from shared.bus import Bus, Limits
 from shared.frames import NS, Frame
 from shared.instruments import instrument_id, partition_of
 from shared.messages import Instrument
-from shared.reader_follow import Delivered
+from shared.reader_bars import series_of
+from shared.reader_feed import Feed
+from shared.reader_follow import Delivered, Following
+from shared.reader_store import store_at
 from shared.redis_server import EmbeddedRedis
 from shared.sink import SinkLoop
 from shared.stores import read_rows
@@ -329,6 +334,61 @@ def test_many_follow_and_none_stays_behind(store: Place, bus: Bus, pg_url: str, 
         what="connections to be gone",
     )
     assert {thread.name for thread in threading.enumerate()} - before <= {"postgres"}
+
+
+def test_rows_of_an_old_bus_that_are_stored_late_are_not_passed_over(store: Place, bus: Bus) -> None:
+    """Step by step, for a sink writes what it has read of the old bus at any moment after Redis was replaced."""
+    lite = SqliteStore(Path(store.url.removeprefix("sqlite:///")))
+    lite.open()
+
+    def stores(frame: Frame, seq: int, entry: str) -> None:
+        lite.write(batch_of([Item(Source(bus.identity(), "candles", 0, seq, entry), frame)]))
+
+    def replace() -> None:
+        for key in list(bus.client.scan_iter(f"{bus.keys.namespace}:*")):
+            bus.client.delete(key)
+        deploy(bus)
+
+    async def steps() -> list[int]:
+        feed, bars = Feed(bus.url, bus.keys.namespace), await store_at(store.url, 1)
+        follow = Following(
+            bars, feed, series_of("ES", "rolling"), history=5, since_ns=None, closing=asyncio.Event()
+        )  # fmt: skip
+        got: list[int] = []
+
+        async def more(times: int) -> None:
+            for _ in range(times):
+                got.extend((bar.end_ns - T0) // NS for bar in await follow.more())
+
+        async def until_got(count: int) -> None:
+            while len(got) < count:
+                await asyncio.wait_for(more(1), 5)
+
+        bus.identity()
+        await more(2)  # nothing is stored, nothing is on the bus: it stands at the stream's start
+        stores(second(0), 1, "1-0")
+        replace()
+        Stage(bus).put(second(1))
+        stores(second(1), 1, bus.last_id(0, "candles"))
+        await until_got(2)
+        assert got == [0, 1]
+        old = bus.identity()
+        replace()
+        stage = Stage(bus)
+        stage.put(second(3))
+        bus.identity()
+        await more(5)  # the new stream is whole, but the sink may still hold rows of the old one
+        lite.write(batch_of([Item(Source(old, "candles", 0, 2, "9-0"), second(2))]))
+        stores(second(3), 1, bus.last_id(0, "candles"))
+        await until_got(4)
+        stage.put(second(4))
+        await until_got(5)
+        await feed.close()
+        await bars.close()
+        return got
+
+    assert asyncio.run(steps()) == [0, 1, 2, 3, 4]
+    lite.close()
 
 
 def test_what_was_delivered_is_remembered_within_bounds() -> None:

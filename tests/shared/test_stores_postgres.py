@@ -18,11 +18,12 @@ from services.sink_sqlite.store import SqliteStore
 from services.sink_timescale.schema import migrations
 from services.sink_timescale.statements import WRITTEN
 from services.sink_timescale.store import TimescaleStore
-from shared import store_postgres, stores
+from shared import registry, store_postgres, stores
 from shared.cli import cli
 from shared.errors import AuthError, ConfigError, StoreUnavailable, VersionError
 from shared.explain import explain, find
 from shared.frames import NS
+from shared.settings import Settings
 from shared.stores import newest_cvds, read_rows
 from shared.stores_check import check_store
 from shared.usage_book import stored_day
@@ -266,3 +267,29 @@ def test_bigquery_is_read_by_its_own_service(monkeypatch: pytest.MonkeyPatch) ->
     assert newest_cvds("bigquery://p/d", {"ES": T0}) == {"ES": 1.0}
     assert named == ["services.sink_bigquery.reading:read_rows", "services.sink_bigquery.reading:newest_cvds"]
     assert check_store("bigquery://p/d") == "bigquery://p/d"
+
+
+def test_doctor_asks_and_proves_bigquery(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(settings: Settings) -> str:
+        return f"dataset of {settings.tapeline.store}"
+
+    def prove(settings: Settings) -> Iterator[tuple[str, bool, str]]:
+        yield "load job", True, "stored once"
+        yield "stream", False, "stored twice"
+        raise ConfigError(f"{settings.bigquery.project}: no quota")
+
+    monkeypatch.setattr(registry, "resolve", lambda path: {"check": check, "prove": prove}[path.rpartition(":")[2]])
+    monkeypatch.setenv("TAPELINE_STORE", "bigquery://p/d")
+    findings = {f["check"]: f for f in json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)}
+    assert findings["store"] == {"check": "store", "fine": True, "says": "dataset of bigquery://p/d"}
+    assert "bigquery" not in findings
+    monkeypatch.setenv("TAPELINE_STORE", "sqlite:///x.db")
+    monkeypatch.setenv("GCP_PROJECT_ID", "p")
+    monkeypatch.setenv("BIGQUERY_DATASET", "d")
+    findings = {f["check"]: f for f in json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)}
+    assert findings["bigquery"]["says"] == "dataset of sqlite:///x.db"
+    proved = CliRunner().invoke(cli, ["doctor", "--bigquery"])
+    assert proved.exit_code == 1
+    assert proved.output.splitlines() == [
+        "ok    load job: stored once", "FAIL  stream: stored twice", "FAIL  bigquery: p: no quota"
+    ]  # fmt: skip
