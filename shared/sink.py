@@ -147,6 +147,8 @@ class SinkLoop:
             self._leases = Leases(store.name, self.worker, service, partitions, ttl_ms, leader=leader)
         self._mine = [] if self._leases else list(range(partitions))
         self._handed_over: set[int] = set()
+        self._renewed = 0.0  # when the leases were last known to hold
+        self._lease_seconds = ttl_ms / 1000
         self._beat_seconds = min(BEAT_SECONDS, ttl_ms / 3000)
         self._lock = threading.Lock()
         self._trouble = ""
@@ -264,6 +266,9 @@ class SinkLoop:
         """
         if self._gave_up:
             return False
+        if self._leases and time.monotonic() - self._renewed > self._lease_seconds:
+            self.stop.wait(0.05)  # it was held up, or Redis is away: another sink may have taken over
+            return False
         items = self._take(rows, seconds, patience)
         if not items:
             return False
@@ -360,7 +365,9 @@ class SinkLoop:
             done, self._handed_over = self._handed_over, set()
             self._mine = [p for p in self._mine if p not in done]
         leases.release(bus, done)
+        asked = time.monotonic()
         spare = leases.tend(bus)
+        self._renewed = asked
         with self._lock:
             self._mine = [p for p in leases.mine if p not in spare]
 
