@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import replace
 from functools import cached_property
 from typing import NoReturn
 
@@ -28,6 +29,14 @@ class App:
     def settings(self) -> Settings:
         """Raises ConfigError."""
         return load(self.config)
+
+    def use_store(self, url: str) -> None:
+        """Another store than that of the settings."""
+        import msgspec
+
+        found = self.settings
+        origin = {**found.origin, "tapeline.store": "--store"}
+        self.settings = replace(found, tapeline=msgspec.structs.replace(found.tapeline, store=url), origin=origin)
 
 
 def version() -> str:

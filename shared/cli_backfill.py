@@ -7,12 +7,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, yes_option
+from shared.cli_common import echo_json, json_option, store_option, yes_option
 from shared.cli_replay import print_summary, progress
 from shared.errors import ConfigError
 
@@ -22,17 +21,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--store", metavar="URL", help="Where the rows go (default: TAPELINE_STORE).")
+@store_option
 @yes_option
 @json_option
 @click.pass_obj
-def backfill(app: App, *, sources: tuple[str, ...], store: str | None, yes: bool, as_json: bool) -> None:
+def backfill(app: App, *, sources: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Bring recorded tapes into the store: the rows of `replay`, without Redis, in this one process.
 
     Rows that a gap left incomplete are mended by the whole ones of the tapes. Repeating it changes
     nothing; interrupted, it leaves the rows stored so far.
     """
-    import msgspec
 
     from shared import backfill as engine
     from shared.purchases import local
@@ -40,9 +38,6 @@ def backfill(app: App, *, sources: tuple[str, ...], store: str | None, yes: bool
     from shared.stores_check import check_store
 
     settings = app.settings
-    if store is not None:
-        origin = {**settings.origin, "tapeline.store": "--store"}
-        settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
     try:
         specs = [parse(source) for source in sources]
     except ConfigError as error:

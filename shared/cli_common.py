@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
+
+def _use_store(context: click.Context, _: click.Parameter, url: str | None) -> None:
+    if url is not None:
+        context.obj.use_store(url)
+
+
+store_option = click.option(
+    "--store", metavar="URL", expose_value=False, callback=_use_store, help="The store (default: TAPELINE_STORE)."
+)
+
 yes_option = click.option(
     "--yes", is_flag=True, help="Buy what databento:// sources cost, above the day's budget, too; do not ask."
 )

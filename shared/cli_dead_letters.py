@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import echo_json, json_option, store_option
 from shared.errors import TapelineError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def _since(_: click.Context, parameter: click.Parameter, text: str | None) -> in
 
 
 @dead_letters.command("list")
+@store_option
 @table_option
 @click.option("--since", metavar="ISO", callback=_since, help="Only those buried from this time on.")
 @click.option("--reason", default="", metavar="TEXT", help="Only those whose reason holds this text.")
@@ -72,6 +73,7 @@ def list_letters(app: App, *, table: str, since: int | None, reason: str, last: 
 
 
 @dead_letters.command()
+@store_option
 @click.argument("letter", metavar="ID")
 @json_option
 @click.pass_obj
@@ -90,6 +92,7 @@ def show(app: App, *, letter: str, as_json: bool) -> None:
 
 
 @dead_letters.command()
+@store_option
 @click.argument("letter", metavar="ID")
 @click.argument("changes", nargs=-1, required=True, metavar="COLUMN=VALUE...")
 @click.pass_obj
@@ -112,6 +115,7 @@ def fix(app: App, *, letter: str, changes: tuple[str, ...]) -> None:
 
 
 @dead_letters.command()
+@store_option
 @click.argument("chosen", nargs=-1, metavar="[ID]...")
 @all_option
 @table_option
@@ -145,6 +149,7 @@ def requeue(context: click.Context, *, chosen: tuple[str, ...], every: bool, tab
 
 
 @dead_letters.command()
+@store_option
 @click.argument("chosen", nargs=-1, metavar="[ID]...")
 @all_option
 @table_option

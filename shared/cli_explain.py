@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import echo_json, json_option, store_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -17,11 +17,11 @@ SHOWN_TRADES = 20
 @click.command()
 @click.argument("table")
 @click.argument("where", nargs=-1, metavar="[COLUMN=VALUE]...")
-@click.option("--store", help="Store URL (default: the settings').")
+@store_option
 @click.option("--last", default=1, show_default=True, type=click.IntRange(1, 1000), help="Explain the newest N rows.")
 @json_option
 @click.pass_obj
-def explain(app: App, table: str, where: tuple[str, ...], store: str | None, last: int, as_json: bool) -> None:
+def explain(app: App, table: str, where: tuple[str, ...], last: int, as_json: bool) -> None:
     """Show why stored rows are what they are.
 
     \b
@@ -39,7 +39,7 @@ def explain(app: App, table: str, where: tuple[str, ...], store: str | None, las
         if not equals:
             raise click.UsageError(f"'{text}' is not COLUMN=VALUE")
         pairs[column] = value
-    url = store or app.settings.tapeline.store
+    url = app.settings.tapeline.store
     found = [engine.explain(url, table, row) for row in engine.find(url, table, pairs, last)]
     if as_json:
         echo_json(found)

@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, yes_option
+from shared.cli_common import echo_json, json_option, store_option, yes_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -28,7 +28,7 @@ _CONTINUOUS = re.compile(r"\.[cnv]\.\d+$")
 
 @click.command("import")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="[FILE]...")
-@click.option("--store", metavar="URL", help="Where the candles go (default: TAPELINE_STORE).")
+@store_option
 @click.option("--exchange", default="", metavar="X", help="The exchange (dataset, venue) of all candles.")
 @click.option("--symbol", default="", metavar="S", help="The symbol of all candles.")
 @click.option("--timeframe", metavar="1m", help="Their length, where the file does not say it.")
@@ -47,7 +47,7 @@ _CONTINUOUS = re.compile(r"\.[cnv]\.\d+$")
 @json_option
 @click.pass_obj
 def import_(
-    app: App, *, files: tuple[Path, ...], store: str | None, exchange: str, symbol: str, timeframe: str | None,
+    app: App, *, files: tuple[Path, ...], exchange: str, symbol: str, timeframe: str | None,
     mapped: tuple[str, ...], over: bool, rejects: Path | None, dry_run: bool, from_databento: str | None,
     dataset: str | None, symbols: str | None, start: str | None, end: str | None, yes: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -55,7 +55,6 @@ def import_(
 
     A candle made from ticks stays as it is unless --replace is given. Repeating an import changes nothing.
     """
-    import msgspec
 
     from shared.import_files import Given
     from shared.importing import Plan, rejects_file, run
@@ -63,9 +62,6 @@ def import_(
     from shared.timeframes import seconds_of
 
     settings = app.settings
-    if store is not None:
-        origin = {**settings.origin, "tapeline.store": "--store"}
-        settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
     if timeframe is not None and not seconds_of(timeframe):
         raise click.BadParameter(f"'{timeframe}' is no timeframe such as 1m, 4h or 1d", param_hint="--timeframe")
     given = Given(exchange, symbol, seconds_of(timeframe or ""), _mapped(mapped))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import echo_json, json_option, store_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -14,26 +14,22 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--store", metavar="URL", help="The store (default: TAPELINE_STORE).")
+@store_option
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be done, and change nothing.")
 @click.option("--sql", is_flag=True, help="Show the SQL of each step, too.")
 @json_option
 @click.pass_obj
-def migrate(app: App, *, store: str | None, only_plan: bool, sql: bool, as_json: bool) -> None:
+def migrate(app: App, *, only_plan: bool, sql: bool, as_json: bool) -> None:
     """Make the tables of a store, or bring them up to this version. Sinks do the same when they start.
 
     Of PostgreSQL it also says what the server offers: hypertables, compression, retention, roll-ups.
     """
-    from dataclasses import replace
 
     import msgspec
 
     from shared.migrate import migrate as run
 
     settings = app.settings
-    if store:
-        origin = {**settings.origin, "tapeline.store": "--store"}
-        settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
     plan = run(settings, plan=only_plan)
     if as_json:
         if not sql:

@@ -9,13 +9,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, terminated, yes_option
+from shared.cli_common import echo_json, json_option, store_option, terminated, yes_option
 from shared.errors import ConfigError
 from shared.settings import Settings
 
@@ -42,7 +41,7 @@ class _Speed(click.ParamType[str]):
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--store", metavar="URL", help="Where the rows go (default: TAPELINE_STORE).")
+@store_option
 @click.option(
     "--speed", type=_Speed(), default="max", show_default=True, metavar="N|max", help="Multiple of market time."
 )
@@ -57,7 +56,7 @@ class _Speed(click.ParamType[str]):
 @json_option
 @click.pass_obj
 def replay(
-    app: App, *, sources: tuple[str, ...], store: str | None, speed: str, aggregators: int, frame_records: int | None,
+    app: App, *, sources: tuple[str, ...], speed: str, aggregators: int, frame_records: int | None,
     redis_url: str | None, yes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run recorded markets through the whole pipeline into the store: the rows that live would have made.
@@ -76,7 +75,6 @@ def replay(
     Repeating it is harmless. It ends when the last row is stored; Ctrl-C leaves nothing behind but
     the rows stored so far.
     """
-    import msgspec
 
     from shared import replay as engine
     from shared.purchases import VENDOR, local
@@ -84,9 +82,6 @@ def replay(
     from shared.stores_check import check_store
 
     settings = app.settings
-    if store is not None:
-        origin = {**settings.origin, "tapeline.store": "--store"}
-        settings = replace(settings, tapeline=msgspec.structs.replace(settings.tapeline, store=store), origin=origin)
     try:
         specs = tuple(parse(source) for source in sources)
         programs([spec for spec in specs if spec.kind != VENDOR], speed)

@@ -24,9 +24,9 @@ _NOT_OURS = frozenset(
 )
 _REFUSED = ("28000", "28P01")  # the user or the password
 _MISSING = {
-    "3D000": "the database does not exist: create it, or name another in TAPELINE_STORE",
-    "42501": "the user lacks a right: grant it, or use another user in TAPELINE_STORE",
-    "3F000": "the schema does not exist: create it, or set another search_path for this user",
+    "3D000": "create it, or name another in TAPELINE_STORE",
+    "42501": "grant it, or use another user in TAPELINE_STORE",
+    "3F000": "create it, or set another search_path for this user",
 }
 # Classes of SQLSTATE that pass: connection, transaction rollback, resources, operator, system; and single states:
 # object in use or lock not available, a standby that is read-only.

@@ -209,7 +209,7 @@ def test_what_a_server_refuses_is_said_in_a_line(
     postgres.sql(f"INSERT INTO schema_version (version, name) VALUES ({newest + 1}, 'later')", database)
     with pytest.raises(VersionError, match="upgrade Tapeline"):
         check_store(pg_url)
-    with pytest.raises(ConfigError, match="the database does not exist: create it"):
+    with pytest.raises(ConfigError, match="does not exist; create it"):
         check_store(postgres.url("nowhere"))
     # As `doctor` prints it.
     monkeypatch.setenv("TAPELINE_STORE", pg_url)
