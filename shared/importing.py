@@ -294,6 +294,8 @@ class _Writer:
                 if self._store is None:
                     store = store_of(self._settings, threading.Event())
                     store.open()
+                    store.cursors()  # a store that numbers its batches goes on behind those of earlier imports,
+                    store.redo = {}  # the last of which need not be ended: what is stored was looked at
                     self._store = store
                 return self._store.write(batch)
             except StoreUnavailable:

@@ -191,7 +191,7 @@ def test_what_a_server_refuses_is_said_in_a_line(
     postgres.sql(f"CREATE ROLE {role} LOGIN", database)
     try:
         url = postgres.url(database, role)
-        with pytest.raises(ConfigError, match="permission denied.*; grant it"):
+        with pytest.raises(ConfigError, match=r"permission denied.*; grant it"):
             read_rows(url, "candles_1m")
         with pytest.raises(ConfigError, match=f"{role} may not write candles, .*GRANT SELECT, INSERT"):
             check_store(url)
