@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import NamedTuple
 
 from shared.errors import VersionError
-
-_FILE = re.compile(r"^(\d{4})_(\w+)\.sql$")
-
-
-class Migration(NamedTuple):
-    """One step of the schema; `sql` is a script without transaction statements."""
-
-    version: int
-    name: str
-    sql: str
+from shared.migrations import Migration, migrations_of
 
 
-@cache
 def migrations() -> tuple[Migration, ...]:
     """All migrations of this program, oldest first."""
-    found = []
-    for entry in (files("services.sink_sqlite") / "migrations").iterdir():
-        match = _FILE.match(entry.name)
-        if match:
-            found.append(Migration(int(match[1]), match[2], entry.read_text()))
-    return tuple(sorted(found))
+    return migrations_of("services.sink_sqlite")
 
 
 def version(connection: sqlite3.Connection) -> int:

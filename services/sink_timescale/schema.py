@@ -5,17 +5,14 @@ They need plain PostgreSQL alone. What TimescaleDB adds is applied after them, b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import asyncpg
 
 from shared.errors import ConfigError, VersionError
+from shared.migrations import Migration, migrations_of
 
-_FILE = re.compile(r"^(\d{4})_(\w+)\.sql$")
 _LOCK = 0x7461_7065_6C69_6E65  # "tapeline"
 _TABLE = """CREATE TABLE schema_version (
     version integer PRIMARY KEY, name text NOT NULL, at timestamptz NOT NULL DEFAULT now()
@@ -25,23 +22,9 @@ _NOT_OURS = ("42P07", "42710", "42723", "42703", "42809")
 _OWN = "name a database of Tapeline's own in TAPELINE_STORE, or give its user a search_path of its own"
 
 
-class Migration(NamedTuple):
-    """One step of the schema; `sql` is a script without transaction statements."""
-
-    version: int
-    name: str
-    sql: str
-
-
-@cache
 def migrations() -> tuple[Migration, ...]:
     """All migrations of this program, oldest first."""
-    found = []
-    for entry in (files("services.sink_timescale") / "migrations").iterdir():
-        match = _FILE.match(entry.name)
-        if match:
-            found.append(Migration(int(match[1]), match[2], entry.read_text()))
-    return tuple(sorted(found))
+    return migrations_of("services.sink_timescale")
 
 
 async def version(connection: Any) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services.sink_timescale.store import of
 
 from services.sink_sqlite.store import SqliteStore
+from services.sink_timescale.store import of
 from shared.bus import Bus
 from shared.postgres import connect
 from shared.postgres import run as wait_for
