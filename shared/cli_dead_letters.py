@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shared.dead_letters import Letters
     from shared.restore import Letter
 
-LINE = "{:>6}  {:<20}  {:<22} {:>4}  {}"
+LINE = "{:>{}}  {:<20}  {:<22} {:>4}  {}"
 REASON_SHOWN = 110
 
 all_option = click.option("--all", "every", is_flag=True, help="All letters, in place of IDs.")
@@ -65,11 +65,12 @@ def list_letters(app: App, *, table: str, since: int | None, reason: str, last: 
     elif not found:
         click.echo("no dead letters")
     else:
-        click.echo(LINE.format("id", "at", "table", "row", "reason"))
+        width = max(6, *(len(each.id) for each in found))
+        click.echo(LINE.format("id", width, "at", "table", "row", "reason"))
         for each in found:
             number = "all" if each.is_frame else each.row_number
             why = each.reason if len(each.reason) <= REASON_SHOWN else f"{each.reason[:REASON_SHOWN]}…"
-            click.echo(LINE.format(each.id, f"{each.at[:19]}Z", each.table_name, number, " ".join(why.split())))
+            click.echo(LINE.format(each.id, width, f"{each.at[:19]}Z", each.table_name, number, " ".join(why.split())))
 
 
 @dead_letters.command()
@@ -122,7 +123,7 @@ def fix(app: App, *, letter: str, changes: tuple[str, ...]) -> None:
 @json_option
 @click.pass_context
 def requeue(context: click.Context, *, chosen: tuple[str, ...], every: bool, table: str, as_json: bool) -> None:
-    """Write letters into their tables, each with its deletion in one transaction.
+    """Write letters into their tables, each with its deletion in one transaction (BigQuery: one after the other).
 
     The rules are the sink's: the highest revision of a key stays. What is refused again stays a letter, with its new
     reason, and the exit code is 1.

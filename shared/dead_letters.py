@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from shared import registry
-from shared.errors import ConfigError, RowRejected, TapelineError
+from shared.errors import RowRejected, TapelineError
 from shared.frames import TICK, iso
 from shared.instants import instant_ns
 from shared.messages import Message
@@ -63,10 +63,7 @@ class Letters(Protocol):
 
 def letters_of(settings: Settings) -> Letters:
     """The letters of the store of the settings, opened. Raises ConfigError, VersionError, StoreUnavailable."""
-    url = parse(settings.tapeline.store)
-    path = registry.TOOLS.get(f"letters-{url.scheme}")
-    if path is None:
-        raise ConfigError(f"{url.shown}: dead letters of such a store are managed with the vendor's own tools")
+    path = registry.TOOLS[f"letters-{parse(settings.tapeline.store).scheme}"]
     return cast("Callable[[Settings], Letters]", registry.resolve(path))(settings)
 
 

@@ -29,7 +29,7 @@ from shared.import_files import BAR, PRICES, Given, Names, Piece, pieces
 from shared.instants import instant_ns, iso_second
 from shared.settings import Settings
 from shared.sink import Store, store_of
-from shared.stores import read_rows
+from shared.stores import parse, read_rows
 from shared.timeframes import MONDAY_SEC, UNITS, name_of
 
 TOLD = 5  # rejected rows that a summary shows
@@ -78,7 +78,7 @@ def run(plan: Plan, settings: Settings, tell: Callable[[Summary], None], rejects
     summary.duplicates = len(bars) - len(rows)
     writer = _Writer(settings, names.pairs, summary, dry_run=plan.dry_run)
     try:
-        for part in _parts(rows, settings.sink.batch_rows):
+        for part in _parts(rows, batch_rows(settings)):
             writer.add(_changed(part, names.pairs, settings.tapeline.store, plan.replace, summary))
             tell(summary)
         writer.flush()
@@ -248,6 +248,12 @@ def _decide(bar: Any, row: NDArray[Any], stored: dict[int, dict[str, Any]], repl
 # -- writing ---------------------------------------------------------------------------------
 
 
+def batch_rows(settings: Settings) -> int:
+    """Rows of a batch: few and large ones where each is a load."""
+    section = settings.bigquery if parse(settings.tapeline.store).scheme == "bigquery" else settings.sink
+    return section.batch_rows
+
+
 class _Writer:
     """Rows into the store, in batches of its size. The store is opened with the first of them.
 
@@ -262,10 +268,11 @@ class _Writer:
         self._store: Store | None = None
         self._held: list[NDArray[Any]] = []
         self._batches, self._began_ms = 0, time.time_ns() // 1_000_000
+        self._rows = batch_rows(settings)
 
     def add(self, rows: NDArray[Any]) -> None:
         self._held.append(rows)
-        if sum(map(len, self._held)) >= self._settings.sink.batch_rows:
+        if sum(map(len, self._held)) >= self._rows:
             self.flush()
 
     def flush(self) -> None:

@@ -54,6 +54,7 @@ TOOLS = {
     "store-bigquery": "services.sink_bigquery.store:of",
     "letters-sqlite": "services.sink_sqlite.letters:of",
     "letters-postgresql": "services.sink_timescale.letters:of",
+    "letters-bigquery": "services.sink_bigquery.letters:of",
     "migrate-sqlite": "services.sink_sqlite.migrate:migrate",
     "migrate-postgresql": "services.sink_timescale.migrate:migrate",
     "migrate-bigquery": "services.sink_bigquery.migrate:migrate",

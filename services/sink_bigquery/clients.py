@@ -29,8 +29,8 @@ except ImportError:
     ) from None
 
 __all__ = [
-    "CALL_SECONDS", "Missing", "Refused", "Target", "bigquery", "call", "connect", "errors", "google", "line", "passes",
-    "reason_of", "target_at", "target_of",
+    "BUFFERED", "CALL_SECONDS", "Missing", "Refused", "Target", "bigquery", "call", "connect", "errors", "google",
+    "line", "passes", "reason_of", "target_at", "target_of",
 ]  # fmt: skip
 EMULATOR = "BIGQUERY_EMULATOR_HOST"
 CALL_SECONDS = 60.0
@@ -42,7 +42,7 @@ _PASSING = frozenset(
         "quotaExceeded", "rateLimitExceeded", "stopped", "tableUnavailable", "timeout",
     )
 )  # fmt: skip
-_BUFFERED = "streaming buffer"
+BUFFERED = "streaming buffer"
 _T = TypeVar("_T")
 
 
@@ -125,7 +125,7 @@ def reason_of(error: Any) -> str:
 
 def passes(reason: str, message: str = "") -> bool:
     """Whether a failure is over after a while: waiting helps."""
-    return reason in _PASSING or _BUFFERED in message
+    return reason in _PASSING or BUFFERED in message
 
 
 @contextmanager

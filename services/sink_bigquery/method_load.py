@@ -75,7 +75,7 @@ class Loads:
             faults.point("bigquery:after-write")
             self._spend(table, len(rows), 0)
             return []
-        return self._load(self.name(entry.bus, entry.n, table), rows)
+        return self.load(self.name(entry.bus, entry.n, table), rows)
 
     def _rest(self, entry: Announced, rows: Ready) -> Ready:
         """What is missing of a batch that a session on streams has begun: it appends in order."""
@@ -88,7 +88,7 @@ class Loads:
         there = held(client, self._target, table, entry.at_us, rows.layout.time, rows.span_us()) if len(rows) else 0
         return rows.part(there, len(rows))
 
-    def _load(self, name: str, rows: Ready) -> list[DeadLetter]:
+    def load(self, name: str, rows: Ready) -> list[DeadLetter]:
         """Load rows; of those that are refused half by half, until the row is found that is to blame."""
         data = rows.parquet()
         try:
@@ -102,6 +102,6 @@ class Loads:
                 return [rows.letter(0, str(error))]
             middle = len(rows) // 2
             halves = (rows.part(0, middle), rows.part(middle, len(rows)))
-            return [letter for i, half in enumerate(halves) for letter in self._load(f"{name}_{i}", half)]
+            return [letter for i, half in enumerate(halves) for letter in self.load(f"{name}_{i}", half)]
         self._spend(rows.layout.name, len(rows), len(data))
         return []

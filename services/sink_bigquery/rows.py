@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.sink_bigquery.tables import EVERY, FLAG, INSTANT, INTEGER, LAYOUTS, REAL, STORED_AT, TEXT, Field, Layout
-from shared.batches import Batch, DeadLetter
+from shared.batches import Batch, DeadLetter, dead_row
 from shared.errors import ConfigError
 from shared.frames import iso
 from shared.store_rows import Bound, Prepared, gaps, prepare
@@ -118,23 +118,29 @@ class Ready:
 
 def ready(batch: Batch, at_us: int) -> tuple[list[Ready], list[DeadLetter]]:
     """Every table of a batch but the dead letters, and these; `at_us`: when the batch was announced."""
-    prepared, dead = prepare(batch, FORM)
-    dead = batch.dead + dead
-    made = []
+    prepared, unsound = prepare(batch, FORM)
+    made, dead = sound(prepared, batch, at_us)
+    return made, batch.dead + unsound + dead
+
+
+def sound(prepared: Sequence[Prepared], of: Batch, at_us: int) -> tuple[list[Ready], list[DeadLetter]]:
+    """Rows that were prepared, and the gaps of a batch, without those that BigQuery does not take."""
+    made: list[Ready] = []
+    dead: list[DeadLetter] = []
     for some in prepared:
         rows, refused = _sound(some, at_us)
         dead += refused
         if len(rows):
             made.append(rows)
-    if batch.gaps:
+    if of.gaps:
         layout = LAYOUTS["gaps"]
-        made.append(Ready(layout, [*gaps(batch, FORM), [at_us] * len(batch.gaps)]))
+        made.append(Ready(layout, [*gaps(of, FORM), [at_us] * len(of.gaps)]))
     return made, dead
 
 
 def letters(dead: Sequence[DeadLetter], at_us: int) -> Ready:
     """Rows of dead_letters."""
-    rows = [(at_us, *d.source[:3], d.source.seq, d.source.id, d.table, d.row, _text(d.reason), d.body) for d in dead]
+    rows = [(at_us, *d.source[:3], d.source.seq, d.source.id, d.table, d.row, text(d.reason), d.body) for d in dead]
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in LAYOUTS["dead_letters"].names]
     return Ready(LAYOUTS["dead_letters"], [*columns, [at_us] * len(rows)])
 
@@ -149,17 +155,29 @@ def _sound(prepared: Prepared, at_us: int) -> tuple[Ready, list[DeadLetter]]:
     """The rows of a table that BigQuery takes; in place of one that it does not, those that it superseded."""
     layout, rows = LAYOUTS[prepared.table], prepared.rows
     refused = refusals(layout, rows.columns)
-    dead = [prepared.dead(rows, i, reason) for i, reason in refused.items()]
+    dead = [_letter(layout, prepared, rows, i, reason) for i, reason in refused.items()]
     if refused:
         keys = {int(rows.group[i]) for i in refused}
         rows = rows.only([i for i in range(len(rows)) if i not in refused])
         if len(prepared.spare):
             spare = prepared.spare.only([i for i, key in enumerate(prepared.spare.group.tolist()) if key in keys])
             also = refusals(layout, spare.columns)
-            dead += [prepared.dead(spare, i, reason) for i, reason in also.items()]
+            dead += [_letter(layout, prepared, spare, i, reason) for i, reason in also.items()]
             rows = _joined(rows, _newest(spare, also))
-    letter = lambda i, reason: prepared.dead(rows, i, reason)  # noqa: E731
+    letter = lambda i, reason: _letter(layout, prepared, rows, i, reason)  # noqa: E731
     return Ready(layout, [*rows.columns, [at_us] * len(rows)], letter), dead
+
+
+def _letter(layout: Layout, prepared: Prepared, rows: Bound, i: int, reason: str) -> DeadLetter:
+    """The dead letter of a refused row: its instants as text, as in every store's letters."""
+    at = int(rows.origin[i])
+    source = prepared.sources[int(prepared.chunk[at])]
+    values = [
+        _instant_text(value) if field.type == INSTANT and value is not None else value
+        for field, value in zip(layout.fields, rows.row(i), strict=False)  # which have stored_at behind them
+    ]
+    named = zip(prepared.names, values, strict=True)
+    return dead_row(source, prepared.table, int(prepared.row[at]), reason, named)
 
 
 def _newest(spare: Bound, refused: dict[int, str]) -> Bound:
@@ -218,8 +236,9 @@ def _unsound(named: dict[str, list[Any]]) -> Iterator[tuple[str, int]]:
             yield "high is below low", i
 
 
-def _text(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+def text(given: str) -> str:
+    """What of a text BigQuery takes: no halves of surrogate pairs."""
+    return given.encode("utf-8", "replace").decode()
 
 
 def json_row(values: dict[str, Any], layout: Layout) -> dict[str, Any]:
@@ -227,12 +246,16 @@ def json_row(values: dict[str, Any], layout: Layout) -> dict[str, Any]:
     out = {}
     for name, value in values.items():
         if layout.type_of(name) == INSTANT:
-            out[name] = iso(value * 1000)[:26] + "Z"
+            out[name] = _instant_text(value)
         elif isinstance(value, float) and value in (float("inf"), float("-inf")):
             out[name] = "Infinity" if value > 0 else "-Infinity"
         else:
             out[name] = value
     return out
+
+
+def _instant_text(us: int) -> str:
+    return iso(us * 1000)[:26] + "Z"
 
 
 def size_of(values: dict[str, Any]) -> int:
