@@ -200,7 +200,11 @@ def test_a_truncated_tape_stores_what_came_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("store", "code", "says"),
-    [("sqlite:///none/t.db", 78, "folder"), ("mysql://h/d", 78, "store URL"), ("postgresql://h/d", 78, "sqlite")],
+    [
+        ("sqlite:///none/t.db", 78, "folder"),
+        ("mysql://h/d", 78, "store URL"),
+        ("postgresql://u:pw@127.0.0.1:9/d", 1, "PostgreSQL 127.0.0.1:9/d does not answer"),
+    ],
 )
 def test_a_store_that_cannot_be(dbn: Path, tmp_path: Path, store: str, code: int, says: str) -> None:
     done = tapeline("backfill", str(dbn), "--store", store, cwd=tmp_path)

@@ -414,7 +414,7 @@ def test_rights_that_are_missing(postgres: PostgresServer, pg_url: str, store: T
     postgres.sql(f"CREATE ROLE {user} LOGIN", name)
     url = postgres.url(name, user=user)
     try:
-        with pytest.raises(ConfigError, match=r"permission denied for table schema_version; the user lacks a right"):
+        with pytest.raises(ConfigError, match=r"permission denied for table schema_version; grant it"):
             TimescaleStore(url).open()
         postgres.sql(f"GRANT SELECT ON schema_version TO {user}", name)
         with pytest.raises(ConfigError, match=r"the user may not write candles, candles_1m, .*: grant it SELECT"):
