@@ -112,7 +112,7 @@ def test_a_server_killed_and_away(crypto: Path, calm: Tables, tmp_path: Path) ->
     server = PostgresServer("16").start()
     try:
         url = server.url()
-        process = begin(tmp_path, crypto, "100", 1, store=url, **CRYPTO)
+        process = begin(tmp_path, crypto, "50", 1, store=url, **CRYPTO)
 
         def disturb() -> None:
             for _ in range(2):
@@ -163,7 +163,7 @@ def test_a_full_disk(crypto: Path, calm: Tables, small_disk: Path, tmp_path: Pat
             ballast.unlink()
             server.start()  # a full disk may end the server itself
 
-        disturbed(begin(tmp_path, crypto, "100", 1, store=url, **CRYPTO), tmp_path, disturb)
+        disturbed(begin(tmp_path, crypto, "50", 1, store=url, **CRYPTO), tmp_path, disturb)
         same(url, calm)
     finally:
         server.stop()

@@ -432,7 +432,11 @@ def _handler(rest: Rest) -> type[BaseHTTPRequestHandler]:
         disable_nagle_algorithm = True
 
         def _serve(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            if len(body) < length:  # the client was killed while it sent: no server does anything with half a request
+                self.close_connection = True
+                return
             try:
                 status, answer, headers = rest.serve(self.command, self.path, self.headers, body)
             except Drop:
