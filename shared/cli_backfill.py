@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option, yes_option
-from shared.cli_replay import print_summary, progress
+from shared.cli_common import echo_json, json_option, progress, store_option, yes_option
+from shared.cli_replay import line, print_summary
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def backfill(app: App, *, sources: tuple[str, ...], yes: bool, as_json: bool) ->
     with _stopping() as stopping:
         tapes = make(local(specs, settings, yes=yes, quiet=as_json), settings)
         stopping.gently = True
-        with progress(as_json) as tell:
+        with progress(as_json, line) as tell:
             summary = engine.run(tapes, settings, tell, stopping.stop)
         stopping.unwind()
     if as_json:

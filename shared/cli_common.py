@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -15,6 +16,9 @@ from shared.settings import Settings
 
 if TYPE_CHECKING:
     from shared.bus import Bus
+
+TELL_SECONDS = 2.0
+T = TypeVar("T")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -82,3 +86,28 @@ def leaving_at_once() -> Iterator[None]:
 def terminated(signum: int, _: object) -> NoReturn:
     """A SIGTERM handler that unwinds, so that what a command started is stopped."""
     sys.exit(128 + signum)
+
+
+@contextmanager
+def progress(quiet: bool, line: Callable[[T], str]) -> Iterator[Callable[[T], None]]:
+    """A moving line on a terminal, a plain one now and then off it; stderr is left to the one error line."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("starting")
+            yield lambda so_far: bar.update(task, description=line(so_far))
+    else:
+        next_at = time.monotonic() + TELL_SECONDS
+
+        def tell(so_far: T) -> None:
+            nonlocal next_at
+            if time.monotonic() >= next_at:
+                next_at = time.monotonic() + TELL_SECONDS
+                click.echo(line(so_far))
+
+        yield tell

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option, yes_option
+from shared.cli_common import echo_json, json_option, progress, store_option, yes_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from shared.settings import Settings
 
 SCHEMAS = ("ohlcv-1s", "ohlcv-1m", "ohlcv-1h", "ohlcv-1d")
-TELL_SECONDS = 2.0
 _CONTINUOUS = re.compile(r"\.[cnv]\.\d+$")
 
 
@@ -77,7 +73,7 @@ def import_(
         files = _bought(from_databento, asked, settings, yes=yes, quiet=as_json)
     with ExitStack() as stack:
         told = stack.enter_context(rejects_file(rejects)) if rejects is not None else None
-        tell = stack.enter_context(_telling(quiet=as_json))
+        tell = stack.enter_context(progress(as_json, _line))
         summary = run(Plan(files, given, over, dry_run), settings, tell, told)
     if as_json:
         echo_json({f.name: getattr(summary, f.name) for f in fields(summary)} | {"dry_run": dry_run})
@@ -131,28 +127,6 @@ def _when(option: str, text: str) -> datetime:
     except ValueError:
         raise click.BadParameter(f"'{text}' is no time such as 2024-05-09T14:30:00Z", param_hint=option) from None
     return datetime.fromtimestamp(ns // 1_000_000_000, UTC)
-
-
-@contextmanager
-def _telling(*, quiet: bool) -> Iterator[Callable[[Summary], None]]:
-    """A moving line on a terminal, a plain one now and then off it."""
-    if quiet:
-        yield lambda _: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-
-        with Console(stderr=True).status("reading") as status:
-            yield lambda s: status.update(_line(s))
-    else:
-        next_at = time.monotonic() + TELL_SECONDS
-
-        def tell(s: Summary) -> None:
-            nonlocal next_at
-            if time.monotonic() >= next_at:
-                next_at = time.monotonic() + TELL_SECONDS
-                click.echo(_line(s))
-
-        yield tell
 
 
 def _line(s: Summary) -> str:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import signal
-import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option, terminated, yes_option
+from shared.cli_common import echo_json, json_option, progress, store_option, terminated, yes_option
 from shared.errors import ConfigError
 from shared.settings import Settings
 
 if TYPE_CHECKING:
     from shared.cli import App
     from shared.replay import Progress, Summary
-
-TELL_SECONDS = 2.0
 
 
 class _Speed(click.ParamType[str]):
@@ -99,7 +93,7 @@ def replay(
         redis=redis_url or "",
         namespace=f"replay-{uuid.uuid4().hex[:8]}" if redis_url else settings.tapeline.namespace,
     )
-    with progress(as_json) as tell:
+    with progress(as_json, line) as tell:
         summary = engine.run(plan, settings, app.config, tell)
     if as_json:
         echo_json(summary)
@@ -107,33 +101,8 @@ def replay(
         print_summary(summary, settings)
 
 
-@contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A moving line on a terminal, a plain one now and then off it; stderr is left to the one error line."""
-    if quiet:
-        yield lambda _: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("starting")
-            yield lambda p: bar.update(task, description=_line(p))
-    else:
-        next_at = time.monotonic() + TELL_SECONDS
-
-        def tell(p: Progress) -> None:
-            nonlocal next_at
-            if time.monotonic() >= next_at:
-                next_at = time.monotonic() + TELL_SECONDS
-                click.echo(_line(p))
-
-        yield tell
-
-
-def _line(p: Progress) -> str:
+def line(p: Progress) -> str:
+    """How far it is."""
     return f"published {p.published:,}, aggregated {p.aggregated:,}, rows stored {p.stored:,} of {p.made:,}"
 
 

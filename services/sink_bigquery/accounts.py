@@ -80,6 +80,7 @@ class _Keeper:
                 told_at = time.monotonic() if due else told_at
             self._write(bus, tell=True)
         except Exception:
+            # A fault of the program: the rows are worth more than the account of them, and the log has both.
             log.exception("the costs of BigQuery are not on the usage accounts any more")
         finally:
             bus.close()
