@@ -62,6 +62,11 @@ class Keys:
         """
         return self._p(0, "alerts", part)
 
+    @property
+    def signal_acks(self) -> str:
+        """Hash: a signal's key -> JSON of who acknowledged it, and when."""
+        return self._p(0, "signals", "acks")
+
     def usage(self, feed: str) -> str:
         """Hash: UTC day -> JSON of the feed's Usage so far."""
         return f"{self.namespace}:usage:{feed}"

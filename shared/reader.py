@@ -20,14 +20,14 @@ from typing import NamedTuple
 
 from shared.errors import ConfigError
 from shared.frames import iso
-from shared.reader_bars import ROLLING, Bar, FixedBar, RollingBar, instant_ns, series_of
+from shared.reader_bars import ROLLING, SECONDS, Bar, FixedBar, RollingBar, SecondBar, instant_ns, series_of
 from shared.reader_cache import BarCache
 from shared.reader_feed import Feed
 from shared.reader_follow import Following
 from shared.reader_store import Ask, BarStore, store_at
 from shared.stores import parse
 
-__all__ = ["ROLLING", "Bar", "CacheStats", "FixedBar", "MarketReader", "RollingBar"]
+__all__ = ["ROLLING", "SECONDS", "Bar", "CacheStats", "FixedBar", "MarketReader", "RollingBar", "SecondBar"]
 
 CONNECTIONS = 4
 CACHE_BARS = 10_000
@@ -51,7 +51,8 @@ class MarketReader:
 
     Symbols: a continuous ticker or contract (`ES`, `ESZ6`), or `exchange:symbol` (`binance-futures:BTCUSDT`).
     Timeframes: a length of fixed candles (`15s`, `1m`, `4h`: FixedBar, rows of `candles`), or `rolling` (RollingBar,
-    rows of `candles_1m`, which are of tickers: `ES`, and for crypto `exchange:symbol`).
+    rows of `candles_1m`, which are of tickers: `ES`, and for crypto `exchange:symbol`), or `seconds` (SecondBar, rows
+    of `candles_1s`, of tickers too).
     """
 
     def __init__(

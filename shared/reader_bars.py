@@ -18,6 +18,8 @@ from shared.tables import TABLES, Table
 from shared.timeframes import name_of, seconds_of
 
 ROLLING = "rolling"
+SECONDS = "seconds"
+_ROLLING_KINDS = {ROLLING: "candle_1m", SECONDS: "candle_1s"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _UNIT_NS = {"s": NS, "us": 1000}
 
@@ -159,6 +161,18 @@ class RollingBar(Bar, frozen=True, kw_only=True, gc=False):
         return self.time_ns
 
 
+class SecondBar(RollingBar, frozen=True, kw_only=True, gc=False):
+    """A row of `candles_1s`: the second that begins at `time`."""
+
+    @property
+    def start_ns(self) -> int:
+        return self.time_ns
+
+    @property
+    def end_ns(self) -> int:
+        return self.time_ns + NS
+
+
 class Series(NamedTuple):
     """Whose bars of which length. `exchange` is empty where only the symbol, or ticker, is known."""
 
@@ -173,7 +187,12 @@ class Series(NamedTuple):
     @property
     def kind(self) -> str:
         """Of the frames that it is in."""
-        return "candle_1m" if self.timeframe == ROLLING else "candle"
+        return _ROLLING_KINDS.get(self.timeframe, "candle")
+
+    @property
+    def of_ticker(self) -> bool:
+        """Whether its rows are of a ticker (`ES`, `exchange:symbol`), not of a length."""
+        return self.timeframe in _ROLLING_KINDS
 
     @property
     def table(self) -> Table:
@@ -182,23 +201,25 @@ class Series(NamedTuple):
     @property
     def where(self) -> dict[str, str]:
         """The columns that name it in its table."""
-        if self.timeframe == ROLLING:
+        if self.of_ticker:
             return {"ticker": self.name}
         exchange = {"exchange": self.exchange} if self.exchange else {}
         return exchange | {"symbol": self.symbol, "timeframe": self.timeframe}
 
     def is_of(self, name: tuple[str, str]) -> bool:
         """Whether a frame's name pair is this one's."""
-        if self.timeframe == ROLLING:
+        if self.of_ticker:
             return name[0] == self.name
         return name[1] == self.symbol and self.exchange in ("", name[0])
 
 
 def series_of(symbol: str, timeframe: str) -> Series:
-    """From `ES` or `exchange:symbol`, and `rolling` or a length. Raises ConfigError for what is no timeframe."""
-    if timeframe != ROLLING:
+    """From `ES` or `exchange:symbol`, and `rolling`, `seconds` or a length. Raises ConfigError for what is none."""
+    if timeframe not in _ROLLING_KINDS:
         if not seconds_of(timeframe):
-            raise ConfigError(f"'{timeframe}' is no timeframe; write {ROLLING}, or a length such as 15s, 1m, 4h")
+            raise ConfigError(
+                f"'{timeframe}' is no timeframe; write {ROLLING}, {SECONDS}, or a length such as 15s, 1m, 4h"
+            )
         timeframe = name_of(seconds_of(timeframe))
     exchange, colon, rest = symbol.partition(":")
     if not exchange or (colon and not rest):
@@ -235,7 +256,7 @@ def bars_of_frame(frame: Frame, series: Series) -> list[Bar]:
         return []
     rows = frame.rows()
     mine = np.isin(rows["name"], numbers)
-    if series.timeframe != ROLLING:
+    if not series.of_ticker:
         mine &= rows["timeframe_sec"] == seconds_of(series.timeframe)
     if not mine.any():
         return []
@@ -289,4 +310,4 @@ def instant_ns(at: datetime | int | str) -> int:
     return _ns(when)
 
 
-_TYPES: dict[str, type[Bar]] = {"candles": FixedBar, "candles_1m": RollingBar}
+_TYPES: dict[str, type[Bar]] = {"candles": FixedBar, "candles_1m": RollingBar, "candles_1s": SecondBar}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from shared import postgres, store_postgres, store_sqlite
 from shared.batches import Cursor, CursorKey
 from shared.errors import ConfigError
-from shared.reader_bars import ROLLING, Bar, Series, bars_of_rows
+from shared.reader_bars import Bar, Series, bars_of_rows
 from shared.stores import parse
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class SqliteBars:
             connection.execute("BEGIN")  # in a write-ahead log one instant for all that follows
             held = store_sqlite.select(connection, "sink_cursors", {"topic": TOPIC}) if cursors else []
             series: Series | None = ask.series
-            if series is not None and not series.exchange and series.timeframe != ROLLING:
+            if series is not None and not series.exchange and not series.of_ticker:
                 series = _only(series, _exchanges(connection, series))
             if series is None:
                 return Snapshot([], _cursors(held))
@@ -172,7 +172,7 @@ class PostgresBars:
 
 async def _select(connection: Any, ask: Ask) -> list[Bar]:
     series: Series | None = ask.series
-    if series is not None and not series.exchange and series.timeframe != ROLLING:
+    if series is not None and not series.exchange and not series.of_ticker:
         limit, found = store_postgres.READ_SECONDS, []
         if await connection.fetchval("SELECT to_regclass('candles') IS NOT NULL", timeout=limit):
             found = await connection.fetch(_EXCHANGES, series.symbol, series.timeframe, timeout=limit)

@@ -30,6 +30,7 @@ SERVICES = {
     "sink-sqlite": "services.sink_sqlite.worker:run",
     "sink-timescale": "services.sink_timescale.worker:run",
     "sink-bigquery": "services.sink_bigquery.worker:run",
+    "web": "services.web.worker:run",
 }
 # Scheme of a store's URL -> the service that writes it.
 SINKS = {"sqlite": "sink-sqlite", "postgresql": "sink-timescale", "bigquery": "sink-bigquery"}
@@ -64,6 +65,7 @@ TOOLS = {
     "cvds-sqlite": "shared.store_sqlite:newest_cvds",
     "cvds-postgresql": "shared.store_postgres:newest_cvds",
     "cvds-bigquery": "services.sink_bigquery.reading:newest_cvds",
+    "plot": "services.web.plot:plot",
     "pending-postgresql": "services.sink_timescale.schema:pending",
     "lacking-postgresql": "services.sink_timescale.schema:lacking",
     "check-bigquery": "services.sink_bigquery.doctor:check",

@@ -236,6 +236,25 @@ class BigQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grpc_endpoint: str = ""
 
 
+class Web(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The page and its API. `port` 0: `up` serves none. Beyond the loopback it wants a `token`.
+
+    `hosts`: names beside `host` under which it may be asked for (of a proxy before it). `cors_origins`: pages of others
+    that may read the API. A client may ask `requests_per_second`, all together hold `connections` live ones. `max_rows`
+    of one JSON answer, `max_export_rows` of one CSV or Parquet file.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str = ""
+    hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    requests_per_second: float = 50.0
+    connections: int = 500
+    max_rows: int = 10_000
+    max_export_rows: int = 1_000_000
+
+
 @dataclass(frozen=True)
 class Settings:
     """All sections, and where each value came from (`origin["redis.url"] = "env REDIS_URL"`)."""
@@ -254,6 +273,7 @@ class Settings:
     sink: Sink = Sink()
     timescale: Timescale = Timescale()
     bigquery: BigQuery = BigQuery()
+    web: Web = Web()
     origin: dict[str, str] = field(default_factory=dict)
 
 
@@ -278,7 +298,7 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 BIGQUERY_METHODS = ("load", "storage_write", "insert_all")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}")
 STYPES = ("parent", "raw_symbol", "continuous")
-SECRETS = frozenset({"databento.api_key", "tardis.api_key", "alerts.channels"})
+SECRETS = frozenset({"databento.api_key", "tardis.api_key", "alerts.channels", "web.token"})
 # Read by other parts of the program, not settings.
 NOT_SETTINGS = frozenset({"TAPELINE_CONFIG", "TAPELINE_SUPERVISOR_PID"})
 

@@ -116,6 +116,8 @@ def programs(settings: Settings) -> list[Program]:
     out += stage_programs(settings)
     if settings.alerts.channels:
         out.append(Program("alerts", ("alerts",)))
+    if settings.web.port:
+        out.append(Program("web", ("web",)))
     return out + sink_programs(settings)
 
 

@@ -31,7 +31,13 @@ QUICK = {"TAPELINE_REDIS_LEASE_SECONDS": "2"}
 def environ(folder: Path, **more: str) -> dict[str, str]:
     ours = ("TAPELINE_", "REDIS_", "DATABASE_", "DATABENTO_", "GCP_", "BIGQUERY_", "GOOGLE_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    ours_now = {"TAPELINE_STATE_DIR": str(folder / "state"), "TAPELINE_REDIS_PORT": "0", **NO_OPTIONS, **QUICK}
+    ours_now = {
+        "TAPELINE_STATE_DIR": str(folder / "state"),
+        "TAPELINE_REDIS_PORT": "0",
+        "TAPELINE_WEB_PORT": "0",
+        **NO_OPTIONS,
+        **QUICK,
+    }
     return clean | ours_now | more
 
 

@@ -1,0 +1,38 @@
+"""What is wrong with a request, as its status and one line."""
+
+from __future__ import annotations
+
+from shared.errors import AuthError, ConfigError, TapelineError, Unavailable
+
+
+class Problem(TapelineError):
+    """Answered as `{"error": {"code": …, "message": …}}` with `status`; `headers` go along."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers or {}
+
+    @property
+    def body(self) -> dict[str, dict[str, str]]:
+        return {"error": {"code": self.code, "message": str(self)}}
+
+
+def bad(message: str) -> Problem:
+    """400: the request cannot be meant so."""
+    return Problem(400, "bad_request", message)
+
+
+def missing(message: str) -> Problem:
+    """404: there is no such thing."""
+    return Problem(404, "not_found", message)
+
+
+def problem_of(error: TapelineError, *, asked: bool) -> Problem:
+    """Any error as a problem; `asked`: what the caller asked for is to blame for a ConfigError."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, Unavailable):
+        return Problem(503, "unavailable", str(error), {"Retry-After": "1"})
+    if isinstance(error, ConfigError) and not isinstance(error, AuthError) and asked:
+        return bad(str(error))
+    return Problem(503, "unavailable", str(error), {"Retry-After": "10"})
