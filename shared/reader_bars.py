@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -53,14 +54,14 @@ class Bar(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     latency_ms: float
 
     @property
+    @abstractmethod
     def start_ns(self) -> int:
         """Where its window begins."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def end_ns(self) -> int:
         """Where its window ends (exclusive)."""
-        raise NotImplementedError
 
     @property
     def start(self) -> datetime:
