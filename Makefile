@@ -6,6 +6,9 @@ UV_VERSION := 0.13.8
 EMULATOR := .venv-bqemulator
 
 .PHONY: demo test check bench setup clean
+# What uv installs is not compiled. Where nobody may keep byte code either, each start of each process compiles
+# all that it imports: a worker then takes three times as long to start, the tests twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 help:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -78,6 +79,18 @@ class Alert(msgspec.Struct, frozen=True, omit_defaults=True):
     def waiting(self) -> bool:
         """Whether some channel has not got it yet."""
         return any(d.state == PENDING for d in self.deliveries)
+
+
+def subject_of(underlying: str, expiration_ns: int, option_type: str, strike: float, source: str) -> str:
+    """What a signal is about, whichever its direction: `NQ 2023-12-29 C 17000`; a plug-in's also names its source."""
+    parts = [underlying]
+    if expiration_ns:
+        parts.append(datetime.fromtimestamp(expiration_ns // 10**9, UTC).strftime("%Y-%m-%d"))
+    if option_type:
+        parts += [option_type, f"{strike:.10g}"]
+    if source != "tapeline":
+        parts.append(f"({source})")
+    return " ".join(parts)
 
 
 def fault(settings: AlertSettings, plugins: bool) -> tuple[str, str] | None:

@@ -70,7 +70,7 @@ def _register() -> None:
     from importlib import import_module
 
     groups = ("run", "demo", "replay", "backfill", "data", "ops", "bus", "watch", "explain", "instruments", "alerts",
-              "usage", "migrate", "dead_letters", "import")  # fmt: skip
+              "usage", "migrate", "dead_letters", "import", "plot")  # fmt: skip
     for name in groups:
         for command in import_module(f"shared.cli_{name}").COMMANDS:
             cli.add_command(command)

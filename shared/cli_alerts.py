@@ -11,7 +11,6 @@ from shared.cli_common import echo_json, json_option, looking
 
 if TYPE_CHECKING:
     from shared.alerts import Alert
-    from shared.bus import Bus
     from shared.cli import App
 
 
@@ -29,8 +28,10 @@ def list_alerts(app: App, everything: bool, as_json: bool) -> None:
 
     The newest 1,000 alerts are kept.
     """
+    from shared.acks import alerts_of
+
     with looking(app.settings) as (bus, _):
-        found = [a for a in _read(bus) if everything or not a.acked_by]
+        found = [a for a in alerts_of(bus) if everything or not a.acked_by]
     if as_json:
         echo_json(found)
         return
@@ -39,22 +40,6 @@ def list_alerts(app: App, everything: bool, as_json: bool) -> None:
     for alert in found:
         for line in _lines(alert):
             click.echo(line)
-
-
-def _read(bus: Bus) -> list[Alert]:
-    """The alerts as committed, oldest first, with acknowledgements that the worker has not taken yet."""
-    import msgspec
-
-    from shared.alerts import Alert
-
-    acks = {k.decode(): v.decode() for k, v in bus.call("hgetall", bus.keys.alerts("acks")).items()}
-    found = []
-    for body in bus.call("hvals", bus.keys.alerts("open")):
-        alert = msgspec.json.decode(body, type=Alert)
-        if alert.id in acks and not alert.acked_by:
-            alert = msgspec.structs.replace(alert, acked_by=acks[alert.id])
-        found.append(alert)
-    return sorted(found, key=lambda a: (a.first_ms, a.id))
 
 
 def _lines(alert: Alert) -> list[str]:
@@ -82,21 +67,17 @@ def ack(app: App, alert_id: str, by: str | None) -> None:
 
     ID may be shortened to its first characters.
     """
-    from shared.errors import TapelineError
+    from shared.acks import ack_alert, find_alert
 
     who = (by or _user()).strip()
     if not who:
         raise click.UsageError("--by wants a name")
     with looking(app.settings) as (bus, _):
-        found = [a for a in _read(bus) if alert_id and a.id.startswith(alert_id)]
-        if len(found) != 1:
-            what = "several alerts begin" if found else "no alert begins"
-            raise TapelineError(f"{what} with '{alert_id}'; `tapeline alerts list --all` shows them")
-        alert = found[0]
+        alert = find_alert(bus, alert_id)
         if alert.acked_by:
             click.echo(f"{alert.id} was acknowledged by {alert.acked_by} before")
             return
-        bus.call("hset", bus.keys.alerts("acks"), alert.id, who)
+        ack_alert(bus, alert, who)
     click.echo(f"{alert.id} acknowledged by {who}")
 
 

@@ -29,7 +29,8 @@ SHOW_EVERY_SECONDS = 5
 def demo(app: App, as_json: bool) -> None:
     """A synthetic market through the whole pipeline: ten minutes of history, then live; needs no key.
 
-    On a terminal it goes on and prints candles until Ctrl-C; elsewhere it stops everything and ends.
+    Its page is at http://127.0.0.1:8000, or on another port where that one is taken. On a terminal it goes on and
+    prints candles until Ctrl-C; elsewhere it stops everything and ends.
     """
     from shared.demo import Demo, supervision
 
@@ -37,6 +38,7 @@ def demo(app: App, as_json: bool) -> None:
     with supervision(app.settings, app.config) as running:
         if not as_json:
             click.echo(running.about)
+            _page(running)
         at = Demo(running)
         with _progress(as_json) as tell:
             at.watch(tell)
@@ -73,6 +75,14 @@ def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield tell
 
 
+def _page(running: Supervision) -> None:
+    from shared.supervise import page_url
+
+    web = running.settings.web
+    if web.port:
+        click.echo(f"the page: {page_url(web)}")
+
+
 def _phase(p: Progress) -> str:
     return "live" if p.live else "history" if p.done else "starting"
 
@@ -90,6 +100,8 @@ def _print(s: Summary, running: Supervision, stays: bool) -> None:
             f"latency of live rows, window end to computed: p50 {s.latency_p50_ms} ms, p99 {s.latency_p99_ms} ms"
         )
     click.echo(f"store: {store}\nlogs:  {at.logs}")
+    if stays:
+        _page(running)
     click.echo("next:")
     if stays:
         click.echo(

@@ -29,10 +29,10 @@ SETTLED_SECONDS = 1.2
 @click.command()
 @click.pass_obj
 def up(app: App) -> None:
-    """Run everything on this machine until Ctrl-C: Redis, the feeds, aggregation, the store's sink.
+    """Run everything on this machine until Ctrl-C: Redis, the feeds, aggregation, the store's sink, the page.
 
     Uses REDIS_URL when it is set, else starts an embedded Redis. Logs and data are in the state
-    directory (TAPELINE_STATE_DIR).
+    directory (TAPELINE_STATE_DIR). The page is at http://127.0.0.1:8000, unless TAPELINE_WEB_PORT says otherwise.
     """
     from shared import supervise
     from shared.stores import parse
@@ -51,6 +51,8 @@ def up(app: App) -> None:
     for program in chosen:
         for worker in program.workers():
             click.echo(f"{worker}: log {at.log_of(worker)}")
+    if app.settings.web.port:
+        click.echo(f"the page: {supervise.page_url(app.settings.web)}")
     click.echo("Ctrl-C stops everything; `tapeline status` and `tapeline tail candles` look in from another terminal")
     sys.stdout.flush()
     line = supervise.daemon(at)
@@ -80,6 +82,7 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     sink-sqlite           the SQLite store
     sink-timescale        the PostgreSQL or TimescaleDB store; several share it
     sink-bigquery         the BigQuery store; one writes, others stand by
+    web                   the page and its API
 
     SIGTERM and SIGINT stop it within 5 seconds; a second one at once.
     """

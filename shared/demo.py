@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 from shared.bus import Bus
 from shared.errors import TapelineError, Unavailable
 from shared.frames import iso
-from shared.settings import Settings
+from shared.settings import Settings, Web
 from shared.stores import read_rows
 from shared.supervise import layout, programs
 from shared.supervision import Supervision
@@ -23,6 +25,7 @@ LIVE_SECONDS = 20.0
 MOST_SECONDS = 45.0
 HISTORY_SECONDS = 600  # what the synthetic feed gives at once, for the warm-up
 POLL_SECONDS = 0.25
+WINDOW_SECONDS = 60
 
 
 @dataclass(slots=True)
@@ -48,15 +51,31 @@ class Summary:
 
 
 def settings_of(settings: Settings) -> Settings:
-    """Own state directory, own Redis without a port, own store, the synthetic feed."""
+    """Own state directory, own Redis without a port, own store, the synthetic feed; the page on a port that is free.
+
+    Windows of option pressure are of a minute, so that ten minutes of history show some, and signals of them.
+    """
     state = Path(settings.tapeline.state_dir) / "demo"
+    lateness = min(settings.aggregate.max_lateness_seconds, WINDOW_SECONDS)
     return replace(
         settings,
         tapeline=msgspec.structs.replace(
             settings.tapeline, state_dir=str(state), store=f"sqlite:///{state / 'tapeline.db'}", feeds=("synthetic",)
         ),
         redis=msgspec.structs.replace(settings.redis, url="", cluster=False, port=0),
+        aggregate=msgspec.structs.replace(settings.aggregate, max_lateness_seconds=lateness),
+        pressure=msgspec.structs.replace(settings.pressure, window_seconds=WINDOW_SECONDS),
+        web=msgspec.structs.replace(settings.web, port=_free_port(settings.web)),
     )
+
+
+def _free_port(web: Web) -> int:
+    """The port of the settings, or any other where that is taken; 0 where no page is wanted."""
+    family = socket.AF_INET6 if ":" in web.host else socket.AF_INET
+    for port in (web.port, 0) if web.port else ():
+        with suppress(OSError), socket.create_server((web.host, port), family=family) as found:
+            return int(found.getsockname()[1])
+    return web.port
 
 
 def supervision(settings: Settings, config: str | None) -> Supervision:

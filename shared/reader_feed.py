@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -74,9 +74,9 @@ class Feed:
         root = parse_outright(series.symbol, 0)
         return partition_of(root[0] if root else series.symbol, partitions), False
 
-    async def holds(self, partition: int, cursor: Cursor) -> bool:
+    async def holds(self, partition: int, cursor: Cursor, topic: str = TOPIC) -> bool:
         """Whether the stream holds all that came behind a place in it."""
-        keys = (self._keys.stream(partition, TOPIC), self._keys.info(partition, TOPIC))
+        keys = (self._keys.stream(partition, topic), self._keys.info(partition, topic))
         with errors(self._where):
             try:
                 told = await self._client.evalsha(self._sha, 2, *keys, cursor.stream_id)
@@ -91,16 +91,34 @@ class Feed:
 
     async def read(self, partition: int, position: str) -> list[Frame]:
         """Frames behind an entry, oldest first; waits up to BLOCK_MS for the first. Raises VersionError."""
-        stream = self._keys.stream(partition, TOPIC)
-        command = ("XREAD", "BLOCK", BLOCK_MS, "COUNT", READ_ENTRIES, "STREAMS", stream, position)
+        return (await self.read_all(TOPIC, {partition: position}, READ_ENTRIES)).get(partition, [])
+
+    async def read_all(self, topic: str, positions: Mapping[int, str], count: int) -> dict[int, list[Frame]]:
+        """The same of several partitions; of a cluster only one at a time, since each may be on another node."""
+        streams = {self._keys.stream(p, topic): p for p in positions}
+        command = ("XREAD", "BLOCK", BLOCK_MS, "COUNT", count, "STREAMS", *streams, *positions.values())
         with errors(self._where):
             if self._cluster:
                 await self._client.initialize()
-                node = self._client.get_node_from_key(stream)
+                node = self._client.get_node_from_key(next(iter(streams)))
                 reply = await self._client.execute_command(*command, target_nodes=node)
             else:
-                reply = await self._client.xread({stream: position}, count=READ_ENTRIES, block=BLOCK_MS)
-        return [sound(entry_id, fields) for entry_id, fields in _entries(reply)]
+                reply = await self._client.xread(
+                    dict(zip(streams, positions.values(), strict=True)), count=count, block=BLOCK_MS
+                )
+        return {streams[stream.decode()]: [sound(*entry) for entry in entries] for stream, entries in _streams(reply)}
+
+    async def behind(self, topic: str, partition: int, position: str, count: int) -> list[Frame]:
+        """Frames behind an entry as they are there now, oldest first. Raises VersionError."""
+        with errors(self._where):
+            entries = await self._client.xrange(self._keys.stream(partition, topic), f"({position}", "+", count)
+        return [sound(entry_id, fields) for entry_id, fields in entries]
+
+    async def newest(self, topic: str, partition: int) -> Cursor:
+        """The newest entry's place; of an empty stream its start."""
+        with errors(self._where):
+            entries = await self._client.xrevrange(self._keys.stream(partition, topic), count=1)
+        return Cursor(sound(*entries[0]).seq, entries[0][0].decode()) if entries else Cursor(0, START)
 
     async def close(self) -> None:
         """Whoever reads meanwhile gets BusUnavailable."""
@@ -116,7 +134,10 @@ def _is_of(series: Series, body: bytes) -> bool:
     return series.symbol in (i.symbol, i.root, i.ticker) and series.exchange in ("", i.venue)
 
 
-def _entries(reply: Any) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries of one stream in an XREAD reply of either protocol version."""
-    if reply:
-        yield from next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
+def _streams(reply: Any) -> Iterator[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """(stream, entries) of an XREAD reply of either protocol version."""
+    if isinstance(reply, dict):
+        for stream, groups in reply.items():
+            yield stream, [entry for group in groups for entry in group]
+    else:
+        yield from reply or ()

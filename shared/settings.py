@@ -11,6 +11,7 @@ import os
 import re
 import tomllib
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -297,6 +298,9 @@ ALIASES = {
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 BIGQUERY_METHODS = ("load", "storage_write", "insert_all")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{8,}")  # what may stand in a header and in a cookie as it is
+_HOST_NAME = re.compile(r"[^\s/:@]+|[0-9a-fA-F:.]+")
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 STYPES = ("parent", "raw_symbol", "continuous")
 SECRETS = frozenset({"databento.api_key", "tardis.api_key", "alerts.channels", "web.token"})
 # Read by other parts of the program, not settings.
@@ -397,6 +401,32 @@ def _from_text(kind: type[msgspec.Struct], name: str, text: str, variable: str) 
     return text
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _web_rules(web: Web) -> list[tuple[bool, str, str]]:
+    return [
+        (bool(web.host.strip()), "web.host", "an address of this machine (127.0.0.1; 0.0.0.0 is all of them)"),
+        (0 <= web.port <= 65535, "web.port", "between 0 (no page) and 65535"),
+        (not web.token or _TOKEN.fullmatch(web.token) is not None, "web.token",
+         "at least 8 letters, digits or -._~+/="),
+        (bool(web.token) or is_loopback(web.host), "web.token",
+         f"set, since web.host {web.host} can be reached from other machines"),
+        (all(map(_ORIGIN.fullmatch, web.cors_origins)), "web.cors_origins",
+         "a list of scheme://host[:port], such as https://desk.example.com"),
+        (all(map(_HOST_NAME.fullmatch, web.hosts)), "web.hosts", "a list of host names without scheme and port"),
+        (web.requests_per_second > 0, "web.requests_per_second", "above 0"),
+        (web.connections >= 1, "web.connections", "at least 1"),
+        (web.max_rows >= 1, "web.max_rows", "at least 1"),
+        (web.max_export_rows >= 1, "web.max_export_rows", "at least 1"),
+    ]  # fmt: skip
+
+
 def _check(s: Settings) -> None:
     rules = [
         (1 <= s.tapeline.partitions <= 1024, "tapeline.partitions", "between 1 and 1024"),
@@ -447,6 +477,7 @@ def _check(s: Settings) -> None:
         (s.bigquery.batch_rows >= 1, "bigquery.batch_rows", "at least 1"),
         (s.bigquery.batch_ms >= 1, "bigquery.batch_ms", "at least 1"),
         (s.bigquery.ticks_expire_days >= 0, "bigquery.ticks_expire_days", "0 (never) or more"),
+        *_web_rules(s.web),
     ]  # fmt: skip
     for fine, setting, want in rules:
         if not fine:

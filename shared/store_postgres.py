@@ -19,7 +19,7 @@ from shared.errors import ConfigError
 from shared.frames import NS
 from shared.messages import TopStrike
 from shared.postgres import CONNECT_SECONDS, DatabaseMissing, connect, errors, run
-from shared.stores import instant, known, not_before, order_of
+from shared.stores import EXCHANGES, Slice, distinct_sql, in_order, instant, known, not_before, order_of, page_order
 from shared.tables import instant_unit, time_column
 from shared.timeframes import seconds_of
 
@@ -32,6 +32,23 @@ _DESCRIBE = """SELECT a.attname::text, t.typname::text, a.attcollation::bigint A
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_type t ON t.oid = a.atttypid
 LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
 WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
+
+# The columns before the time in an index of a table, the most of them first.
+_OPTION = ("underlying", "expiration", "strike", "option_type")
+_LEADS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "candles": (("exchange", "symbol", "timeframe"),),
+    "candles_1m": (("ticker",),),
+    "candles_1s": (("ticker",),),
+    "pressure_metrics": (_OPTION, ("underlying",)),
+    "pressure_rollups": (("underlying",),),
+    "signals": (_OPTION, ("underlying",)),
+}
+
+# For one transaction: the server shall walk an index, whose first rows are all that is wanted. What its statistics take
+# for cheaper may read a whole series, and sort it.
+_WALK = """SELECT set_config('enable_sort', 'off', true), set_config('enable_bitmapscan', 'off', true),
+    set_config('enable_seqscan', 'off', true), set_config('enable_incremental_sort', 'off', true),
+    set_config('jit', 'off', true)"""
 
 _levels = msgspec.json.Decoder(list[list[float | None]])
 _strikes = msgspec.json.Decoder(list[TopStrike])
@@ -111,8 +128,7 @@ async def select(
     columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """`read_rows` within a transaction; names are trusted."""
-    described = await connection.fetch(_DESCRIBE, f'"{table}"', timeout=CONNECT_SECONDS)
-    held = {row["attname"]: Column(*row[:4]) for row in described}
+    held, in_chunks = await _describe(connection, table)
     if not held:
         return []
     time = time_column(table)
@@ -122,12 +138,11 @@ async def select(
     order = order_of(table, key, list(held))
     # The newest of one series. Of a table without chunks it is found by the key: by the time's own index the server
     # would read all that is newer, and of a series that has nothing the whole table.
-    series = key[:-1] if last is not None and key[-1:] == [time] and not described[0]["chunks"] else []
+    series = key[:-1] if last is not None and key[-1:] == [time] and not in_chunks else []
     between = series[-1] if series and set(series) <= where.keys() else ""
     tests, values = _tests(table, where, since, until, held, between)
     wanted = list(columns or held)
-    # An instant in ns is told by the integer beside it.
-    fetched = list(dict.fromkeys([*wanted, *(beside for c in wanted if (beside := _beside(table, held[c], held)))]))
+    fetched = _fetched(table, wanted, held)
     filters = " WHERE " + " AND ".join(tests) if tests else ""
     ordered = [_quoted(held[column]) for column in order]
     names = ", ".join(f'"{name}"' for name in fetched)
@@ -139,7 +154,88 @@ async def select(
         values.append(last)
         source = f'SELECT {inner} FROM "{table}"{filters} ORDER BY {newest} LIMIT ${len(values)}'  # noqa: S608
         sql = f"SELECT {names} FROM ({source}) AS newest ORDER BY {', '.join(ordered)}"  # noqa: S608
-    records = await connection.fetch(sql, *values, timeout=READ_SECONDS)
+    return _rows(table, wanted, fetched, held, await connection.fetch(sql, *values, timeout=READ_SECONDS))
+
+
+async def select_part(
+    connection: Any,
+    table: str,
+    where: Mapping[str, Any],
+    part: Slice,
+    *,
+    since: str | None = None,
+    until: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """A slice of such rows, the end that it is seen from first, with the columns of their `page_order`."""
+    order, time = page_order(table, where), time_column(table)
+    held, in_chunks = await _describe(connection, table)
+    if not held:
+        return []
+    known(table, [*where, *order, *part.above, *(columns or ())], list(held))
+    # A series is found by the index that begins with it, as in `select`: whole tuples are compared, so that the index
+    # is entered where the slice begins.
+    leads = () if in_chunks else _LEADS.get(table, ())
+    lead = next((names[-1] for names in leads if set(names) <= where.keys()), "")
+    if not in_chunks:
+        await connection.execute(_WALK, timeout=CONNECT_SECONDS)
+    bounds = {} if lead else {"since": since, "until": until}
+    tests, values = _tests(table, where, bounds.get("since"), bounds.get("until"), held, lead)
+
+    def mark(name: str, value: Any) -> str:
+        values.append(_value(held[name], value))
+        return f"${len(values)}"
+
+    def compare(sign: str, told: Sequence[Any]) -> None:
+        names = (*([lead] if lead else ()), *order)[: len(told)]
+        marks = ", ".join(mark(name, value) for name, value in zip(names, told, strict=True))
+        tests.append(f"({', '.join(_quoted(held[name]) for name in names)}) {sign} ({marks})")
+
+    head = [where[lead]] if lead else []
+    for sign, text in ((">=", since), ("<", until)):
+        if lead and text is not None:
+            compare(sign, [*head, not_before(table, text)])
+    tests += [f'"{column}" > {mark(column, value)}' for column, value in part.above.items()]
+    for sign, row in part.marks:
+        if not lead:
+            tests.append(f'"{time}" {sign[0]}= {mark(time, row[0])}')
+        compare(sign, [*head, *row])
+    wanted = list(dict.fromkeys((*(columns or held), *order)))
+    fetched = _fetched(table, wanted, held)
+    filters = " WHERE " + " AND ".join(tests) if tests else ""
+    way = " DESC" if part.newest else ""
+    ordered = ", ".join(_quoted(held[name]) + way for name in ([lead] if lead else []) + [time])
+    names = ", ".join(f'"{name}"' for name in fetched)
+    source = f'SELECT {names} FROM "{table}"{filters}'  # noqa: S608
+
+    async def fetch(sql: str) -> list[dict[str, Any]]:
+        return _rows(table, wanted, fetched, held, await connection.fetch(sql, *values, timeout=READ_SECONDS))
+
+    rows = await fetch(f"{source} ORDER BY {ordered} LIMIT {int(part.limit)}")
+    if len(rows) < part.limit or len(order) == 1:
+        return in_order(rows, order, part)
+    # All rows of the last instant, of which these may be any.
+    tests = [
+        f'"{name}" = {mark(name, value)}' for name, value in ((lead, where.get(lead)), (time, rows[-1][time])) if name
+    ]
+    together = " AND ".join(tests)
+    return in_order(rows + await fetch(f"{source}{' AND' if filters else ' WHERE'} {together}"), order, part)
+
+
+async def _describe(connection: Any, table: str) -> tuple[dict[str, Column], bool]:
+    """A table's columns, none where there is no such table; and whether it is in chunks."""
+    described = await connection.fetch(_DESCRIBE, f'"{table}"', timeout=CONNECT_SECONDS)
+    return {row["attname"]: Column(*row[:4]) for row in described}, bool(described and described[0]["chunks"])
+
+
+def _fetched(table: str, wanted: Sequence[str], held: Mapping[str, Column]) -> list[str]:
+    """What is asked for to tell these columns: an instant in ns is told by the integer beside it."""
+    return list(dict.fromkeys([*wanted, *(beside for c in wanted if (beside := _beside(table, held[c], held)))]))
+
+
+def _rows(
+    table: str, wanted: Sequence[str], fetched: Sequence[str], held: Mapping[str, Column], records: Sequence[Any]
+) -> list[dict[str, Any]]:
     made = dict(zip(fetched, zip(*records, strict=True), strict=True)) if records else {}
     told = [_told(table, held[name], made, held) for name in wanted] if records else []
     return [dict(zip(wanted, row, strict=True)) for row in zip(*told, strict=True)]
@@ -155,6 +251,22 @@ def _beside(table: str, column: Column, held: Mapping[str, Column]) -> str:
     name = f"{column.name}_ns"
     exact = column.type == "timestamptz" and instant_unit(table, column.name) == "ns"
     return name if exact and name in held else ""
+
+
+async def distinct(connection: Any, table: str, column: str, exchange: str | None = None) -> list[str]:
+    """The values of a column, see shared.stores.distinct_sql; [] where there is no such table."""
+    if not await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", table, timeout=READ_SECONDS):
+        return []
+    sql = distinct_sql(table, column, of_exchange=exchange is not None)
+    found = await connection.fetch(sql, *(() if exchange is None else (exchange,)), timeout=READ_SECONDS)
+    return [row["name"] for row in found]
+
+
+async def exchanges(connection: Any, symbol: str, timeframe: str) -> list[str]:
+    """The exchanges that have candles of a symbol in a timeframe, within a transaction."""
+    if not await connection.fetchval("SELECT to_regclass('candles') IS NOT NULL", timeout=READ_SECONDS):
+        return []
+    return [row["exchange"] for row in await connection.fetch(EXCHANGES, symbol, timeframe, timeout=READ_SECONDS)]
 
 
 # -- from ours into PostgreSQL's -------------------------------------------------------------

@@ -23,7 +23,7 @@ from shared.batches import (
     join,
     newest,
 )  # fmt: skip
-from shared.message_records import message_records
+from shared.message_records import MessageRecords, message_records
 from shared.tables import GAP_COLUMNS, INSTANTS, LATE_COLUMNS, MESSAGE_TABLES, TABLES, Column, MessageTable, Table
 from shared.tick_records import SIDES, Records, records
 from shared.timeframes import name_of
@@ -222,12 +222,17 @@ def _all(
 def _messages(form: Form, table: MessageTable, read: list[MessageRow]) -> Prepared:
     """Rows of a message table, one per key."""
     made = message_records(table, read)
-    columns = [_message_column(form, column, made.columns[column.name]) for column in table.columns]
+    columns = message_columns(form, made)
     every = np.arange(len(read))
     rows = Bound(columns, every, np.asarray(made.group, np.int64))
     numbers = np.asarray([row.row for row in read], np.int64)
     best, spare = rows.only(made.best), rows.only(made.spare)
     return Prepared(table.name, table.names, best, spare, [row.source for row in read], every, numbers)
+
+
+def message_columns(form: Form, made: MessageRecords) -> list[list[Any]]:
+    """A message table's columns, of every record."""
+    return [_message_column(form, column, made.columns[column.name]) for column in made.table.columns]
 
 
 def _message_column(form: Form, column: Column, values: list[Any]) -> list[Any]:

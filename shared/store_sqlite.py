@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from shared.errors import ConfigError, StoreUnavailable
 from shared.frames import NS, iso, ns_of
-from shared.stores import known, not_before, order_of, parse
+from shared.stores import EXCHANGES, Slice, distinct_sql, in_order, known, not_before, order_of, page_order, parse
 from shared.tables import time_column
 from shared.timeframes import seconds_of
 
@@ -76,11 +76,7 @@ def select(
     held = [name for name, _ in told]
     timed = since is not None or until is not None or last is not None
     known(table, [*where, *(columns or ()), *([time] if timed else [])], held)
-    tests = [(f'"{column}" = ?', value) for column, value in where.items()]
-    tests += [(f'"{time}" >= ?', not_before(table, since))] if since is not None else []
-    tests += [(f'"{time}" < ?', not_before(table, until))] if until is not None else []
-    filters = " WHERE " + " AND ".join(test for test, _ in tests) if tests else ""
-    values: list[Any] = [value for _, value in tests]
+    filters, values = _filters(_tests(table, where, since, until))
     key = [name for name, place in sorted(told, key=lambda c: int(c[1])) if place]
     ordered = [f'"{column}"' for column in order_of(table, key, held)]
     source = f'"{table}"{filters}'
@@ -93,6 +89,73 @@ def select(
     cursor = connection.execute(f"SELECT {wanted} FROM {source} ORDER BY {', '.join(ordered)}", values)  # noqa: S608
     names = [column[0] for column in cursor.description]
     return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def select_part(
+    connection: sqlite3.Connection,
+    table: str,
+    where: Mapping[str, Any],
+    part: Slice,
+    *,
+    since: str | None = None,
+    until: str | None = None,
+    columns: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """A slice of such rows, the end that it is seen from first, with the columns of their `page_order`."""
+    order, time = page_order(table, where), time_column(table)
+    held = [name for (name,) in connection.execute("SELECT name FROM pragma_table_xinfo(?)", (table,))]
+    if not held:
+        return []
+    known(table, [*where, *order, *part.above, *(columns or ())], held)
+    tests = _tests(table, where, since, until)
+    tests += [(f'"{column}" > ?', value) for column, value in part.above.items()]
+    filters, values = _filters(tests)
+    for sign, row in part.marks:
+        tuples = ", ".join(f'"{column}"' for column in order), ", ".join("?" * len(order))
+        # The time alone is what an index can be searched by.
+        filters += f'{" AND" if filters else " WHERE"} "{time}" {sign[0]}= ? AND ({tuples[0]}) {sign} ({tuples[1]})'
+        values += [row[0], *row]
+    names = list(dict.fromkeys((*(columns or held), *order)))
+    wanted = ", ".join(f'"{column}"' for column in names)
+    source, way = f'SELECT {wanted} FROM "{table}"{filters}', " DESC" if part.newest else ""  # noqa: S608
+
+    def fetch(sql: str, *more: Any) -> list[dict[str, Any]]:
+        return [dict(zip(names, row, strict=True)) for row in connection.execute(sql, (*values, *more))]
+
+    # In the order of an index, so that no more is read: by the rest of the key it would have to be sorted first.
+    rows = fetch(f'{source} ORDER BY "{time}"{way} LIMIT ?', part.limit)
+    if len(rows) < part.limit or len(order) == 1:
+        return in_order(rows, order, part)
+    # All rows of the last instant, of which these may be any.
+    together = fetch(f'{source} {"AND" if filters else "WHERE"} "{time}" = ?', rows[-1][time])
+    return in_order(rows + together, order, part)
+
+
+def _tests(table: str, where: Mapping[str, Any], since: str | None, until: str | None) -> list[tuple[str, Any]]:
+    time = time_column(table)
+    tests = [(f'"{column}" = ?', value) for column, value in where.items()]
+    tests += [(f'"{time}" >= ?', not_before(table, since))] if since is not None else []
+    tests += [(f'"{time}" < ?', not_before(table, until))] if until is not None else []
+    return tests
+
+
+def _filters(tests: Sequence[tuple[str, Any]]) -> tuple[str, list[Any]]:
+    return " WHERE " + " AND ".join(test for test, _ in tests) if tests else "", [value for _, value in tests]
+
+
+def distinct(connection: sqlite3.Connection, table: str, column: str, exchange: str | None = None) -> list[str]:
+    """The values of a column, see shared.stores.distinct_sql; [] where there is no such table."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+        return []
+    sql = distinct_sql(table, column, of_exchange=exchange is not None).replace("$", "?")
+    return [name for (name,) in connection.execute(sql, () if exchange is None else (exchange,))]
+
+
+def exchanges(connection: sqlite3.Connection, symbol: str, timeframe: str) -> list[str]:
+    """The exchanges that have candles of a symbol in a timeframe."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'candles'").fetchone():
+        return []
+    return [exchange for (exchange,) in connection.execute(EXCHANGES.replace("$", "?"), (symbol, timeframe))]
 
 
 def newest_cvds(url: str, names: Mapping[str, int]) -> dict[str, float]:

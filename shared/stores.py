@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from shared.errors import ConfigError
 from shared.frames import iso, ns_of
 from shared.registry import TOOLS, resolve
-from shared.tables import TABLES, instant_unit, time_column
+from shared.tables import GAP_KEY, LATE_KEY, MESSAGE_TABLES, TABLES, instant_unit, time_column
 
 SCHEMES = {
     "sqlite": "sqlite:///relative.db or sqlite:////absolute/path.db",
@@ -23,6 +23,31 @@ _NAME = re.compile(r"^[a-z_][a-z0-9_]*$")
 _BARS = ("contract_id", "timeframe_unit", "timeframe_value", "timestamp")
 # A view has no key of its own, and what is a view in one store may be a table in another.
 _ORDERS = {"features": TABLES["candle"].key, "usage": ("feed", "timestamp"), "ohlc_bars": _BARS}
+# What pages are made of: a table's key.
+_PAGED = {
+    **{table.name: table.key for table in TABLES.values()},
+    **{table.name: table.key for tables in MESSAGE_TABLES.values() for table in tables},
+    "gaps": GAP_KEY, "late_trades": LATE_KEY, "features": TABLES["candle"].key,
+}  # fmt: skip
+# From one exchange to the next by the index, not through all rows; takes a symbol and a timeframe.
+EXCHANGES = """WITH RECURSIVE held (exchange) AS (
+    SELECT min(exchange) FROM candles
+    UNION ALL
+    SELECT (SELECT min(c.exchange) FROM candles AS c WHERE c.exchange > held.exchange)
+    FROM held WHERE held.exchange IS NOT NULL
+)
+SELECT exchange FROM held WHERE (
+    SELECT c.timeframe FROM candles AS c WHERE c.exchange = held.exchange AND c.symbol = $1 AND c.timeframe >= $2
+    ORDER BY c.timeframe LIMIT 1
+) = $2"""
+# From one value of a column to the next by the index; of one exchange where `one` is filled so.
+_DISTINCT = """WITH RECURSIVE held (name) AS (
+    SELECT min({column}) FROM {table}{one}
+    UNION ALL
+    SELECT (SELECT min(c.{column}) FROM {table} AS c WHERE {of}c.{column} > held.name)
+    FROM held WHERE held.name IS NOT NULL
+)
+SELECT name FROM held WHERE name IS NOT NULL"""
 # How long a text of an instant is, without its Z, and how many ns its last digit counts.
 _UNITS = {"s": (19, 1_000_000_000), "us": (26, 1_000), "ns": (29, 1)}
 
@@ -34,6 +59,26 @@ class StoreUrl:
     scheme: str
     path: Path
     shown: str
+
+
+class Slice(NamedTuple):
+    """At most `limit` rows in the order of `page_order`, from its end (`newest`) or its start.
+
+    `beyond`: those columns' values of a row, behind which the slice begins, as seen from that end; `upto`: of the row
+    that it ends with at the latest. `above`: columns that must be greater than a number.
+    """
+
+    newest: bool
+    limit: int
+    beyond: Sequence[Any] | None = None
+    above: Mapping[str, float] = {}
+    upto: Sequence[Any] | None = None
+
+    @property
+    def marks(self) -> list[tuple[str, Sequence[Any]]]:
+        """How its rows compare with other rows of the table, in its order."""
+        signs = ("<", ">=") if self.newest else (">", "<=")
+        return [(sign, row) for sign, row in zip(signs, (self.beyond, self.upto), strict=True) if row is not None]
 
 
 def redact(url: str) -> str:
@@ -119,11 +164,42 @@ def order_of(table: str, key: Sequence[str], columns: Sequence[str]) -> tuple[st
     return _ORDERS.get(table) or tuple(key) or tuple(columns[:1])
 
 
+def page_order(table: str, where: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that order a page: time, in ns where the table has that, then the rest of the key.
+
+    Columns that `where` holds fast are left out. Raises ConfigError for a table that is not read in pages.
+    """
+    if table not in _PAGED:
+        raise ConfigError(f"'{table}' is not read in pages; these are: {', '.join(_PAGED)}")
+    time = time_column(table)
+    exact = (f"{time}_ns",) if instant_unit(table, time) == "ns" else ()
+    return tuple(dict.fromkeys((time, *exact, *(name for name in _PAGED[table] if name not in where))))
+
+
+def in_order(rows: Sequence[dict[str, Any]], order: Sequence[str], part: Slice) -> list[dict[str, Any]]:
+    """The rows that are of the slice, in its order; a row may be there twice."""
+    found = {tuple(row[name] for name in order): row for row in rows}
+    return [found[key] for key in sorted(found, reverse=part.newest)[: part.limit]]
+
+
 def known(table: str, named: Sequence[str], columns: Sequence[str]) -> None:
     """Raises ConfigError for the first name that is no column of the table."""
     for name in named:
         if name not in columns:
             raise ConfigError(f"{table} has no column '{name}'; it has: {', '.join(columns)}")
+
+
+def distinct_sql(table: str, column: str, *, of_exchange: bool) -> str:
+    """Asks for the values of a column that an index begins with, behind the exchange ($1) or not; names are trusted."""
+    one, of = (" WHERE exchange = $1", "c.exchange = $1 AND ") if of_exchange else ("", "")
+    return _DISTINCT.format(table=table, column=column, one=one, of=of)
+
+
+def one_exchange(symbol: str, exchanges: Sequence[str]) -> str | None:
+    """The exchange of a symbol that was written without one; None where none has it. Raises ConfigError for several."""
+    if len(exchanges) > 1:
+        raise ConfigError(f"{symbol} is on {', '.join(exchanges)}: write exchange:{symbol}")
+    return exchanges[0] if exchanges else None
 
 
 def not_before(table: str, text: str) -> str:

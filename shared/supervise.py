@@ -21,7 +21,7 @@ import msgspec
 from shared import registry
 from shared.errors import ConfigError
 from shared.redis_server import EmbeddedRedis, listens, remove_socket, socket_path
-from shared.settings import SECTIONS, Settings, env_name, load
+from shared.settings import SECTIONS, Settings, Web, env_name, load
 from shared.stages import enabled
 from shared.stores import parse
 
@@ -97,7 +97,7 @@ def redis_program() -> Program:
 
 
 def programs(settings: Settings) -> list[Program]:
-    """What runs on this machine: Redis when it is embedded, ingest per feed, aggregate, the sink of the store.
+    """What runs on this machine: Redis when it is embedded, ingest per feed, the stages, alerts, the page, the sinks.
 
     Raises ConfigError for an unknown feed.
     """
@@ -119,6 +119,13 @@ def programs(settings: Settings) -> list[Program]:
     if settings.web.port:
         out.append(Program("web", ("web",)))
     return out + sink_programs(settings)
+
+
+def page_url(web: Web, port: int | None = None) -> str:
+    """Where this machine's browser finds the page."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(web.host, web.host)  # noqa: S104
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"http://{host}:{port or web.port}"
 
 
 def sink_programs(settings: Settings) -> list[Program]:

@@ -12,7 +12,7 @@ from shared.bus import Bus
 from shared.redis_server import EmbeddedRedis
 from tests.postgres import PostgresServer
 
-pytest_plugins = ("tests.bigquery",)
+pytest_plugins = ("tests.bigquery", "tests.serving")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from shared.alerts import EVENTS
+from shared.alerts import EVENTS, subject_of
 from shared.messages import Signal
 from shared.settings import AlertRule, AlertSettings
 
@@ -87,15 +87,9 @@ def of_event(event: Event, settings: AlertSettings) -> Happening | None:
 
 
 def subject(signal: Signal) -> str:
-    """What a signal is about, whichever its direction: `NQ 2023-12-29 C 17000`; a plug-in's also names its source."""
-    parts = [signal.underlying]
-    if signal.expiration_ns:
-        parts.append(instant(signal.expiration_ns // 1_000_000)[:10])
-    if signal.option_type:
-        parts += [signal.option_type, f"{signal.strike:.10g}"]
-    if signal.source != "tapeline":
-        parts.append(f"({signal.source})")
-    return " ".join(parts)
+    """What a signal is about, see shared.alerts."""
+    s = signal
+    return subject_of(s.underlying, s.expiration_ns, s.option_type, s.strike, s.source)
 
 
 def _default(severity: str | None, settings: AlertSettings) -> tuple[str, tuple[str, ...]] | None:

@@ -7,9 +7,9 @@ from typing import TypeVar
 import msgspec
 
 from services.alerts.core import Count, Seen
-from services.alerts.rules import Event, instant
+from services.alerts.rules import Event
 from shared.bus import Bus
-from shared.calendar import sessions
+from shared.feeds import FeedState, Silence, states
 from shared.heartbeat import Beat
 from shared.keys import TOPICS
 from shared.messages import Usage
@@ -17,57 +17,33 @@ from shared.settings import Settings
 from shared.usage import HISTORY, STOPPED, day_of, priced, stop_usd, vendor
 
 NAME = "alerts"
-# A feed in such a state has nothing to say, and that is in order; `budget` is an event of its own.
-RESTING = frozenset({"ended", "budget", "closed"})
 T = TypeVar("T")
 DAY_MS = 86_400_000
 # Of the cost at which a vendor's feeds are stopped: from here on it is near.
 NEAR = 0.8
 
 
-class FeedState(msgspec.Struct):
-    """What ingest says of its feed: as much of it as matters here."""
-
-    state: str
-    at_ms: int
-    last_event_ns: int = 0
-    detail: str = ""
-
-
 class Watch:
-    """Looks at one deployment again and again. Events of a feed are judged by their moving on, not by their time,
-    so that a recorded tape is no silent feed; what was seen is kept in memory only.
-    """
+    """Looks at one deployment again and again; what was seen is kept in memory only."""
 
     def __init__(self, bus: Bus, settings: Settings) -> None:
         self.bus, self.settings = bus, settings
-        self._moved: dict[str, tuple[int, int]] = {}  # feed -> (newest event, since when it stands there)
+        self._silence = Silence(settings)
 
     def look(self, now_ms: int) -> Seen:
         """Raises BusUnavailable."""
-        feeds = {k.decode(): v for k, v in self.bus.call("hgetall", self.bus.keys.feeds).items()}
+        feeds = states(self.bus)
         conditions = [
-            *self._silent({name: state for name, body in feeds.items() if (state := _read(body, FeedState))}, now_ms),
+            *self._silent(feeds, now_ms),
             *self._budgets(sorted({*feeds, HISTORY, *self.settings.usage.priced_feeds}), now_ms),
             *self._backlogs(now_ms),
         ]
         return Seen(tuple(conditions), (*self._gaps(), *self._dead_letters()))
 
     def _silent(self, feeds: dict[str, FeedState], now_ms: int) -> list[Event]:
-        patience = self.settings.alerts.silent_seconds * 1000
         found = []
-        for name, feed in sorted(feeds.items()):
-            at, newest = feed.at_ms, feed.last_event_ns
-            resting = feed.state in RESTING or now_ms - at > DAY_MS or not in_session(name, self.settings, now_ms)
-            moved = self._moved.get(name)
-            if moved is None or moved[0] != newest or resting:
-                moved = self._moved[name] = (newest, now_ms)
-            if resting or now_ms - min(at, moved[1]) <= patience:
-                continue
-            if now_ms - at > patience:
-                since, why = at, f"its process has not been seen since {instant(at)}"
-            else:
-                since, why = moved[1], f"nothing new since {instant(moved[1])}"
+        for name, since, why in self._silence.of(feeds, now_ms):
+            feed = feeds[name]
             said = feed.state + (f" ({feed.detail})" if feed.detail else "")
             found.append(Event("feed_silent", name, since, f"feed {name} is silent", f"{why}; it is {said}"))
         return found
@@ -160,14 +136,3 @@ def _read(body: bytes | None, kind: type[T]) -> T | None:
         return msgspec.json.decode(body, type=kind) if body else None
     except msgspec.DecodeError:
         return None
-
-
-def in_session(feed: str, settings: Settings, now_ms: int) -> bool:
-    """Whether a feed should be connected: always, unless its `hours` name a calendar that is closed now."""
-    hours = {"databento": settings.databento.hours, "tardis": settings.tardis.hours}
-    name = hours.get(feed.partition(":")[0], "")
-    if not name:
-        return True
-    spans, now_ns = sessions(name), now_ms * 1_000_000
-    at = int(spans[:, 0].searchsorted(now_ns, "right")) - 1
-    return at >= 0 and now_ns < int(spans[at, 1])

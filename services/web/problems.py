@@ -1,8 +1,22 @@
-"""What is wrong with a request, as its status and one line."""
+"""What is wrong with a request, as its status and one line; and the JSON of every answer."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
 from shared.errors import AuthError, ConfigError, TapelineError, Unavailable
+
+
+class Json(Response):
+    """An answer of JSON: anything that msgspec can write; NaN is null."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
 
 
 class Problem(TapelineError):
@@ -15,6 +29,9 @@ class Problem(TapelineError):
     @property
     def body(self) -> dict[str, dict[str, str]]:
         return {"error": {"code": self.code, "message": str(self)}}
+
+    def answer(self) -> Json:
+        return Json(self.body, self.status, self.headers)
 
 
 def bad(message: str) -> Problem:

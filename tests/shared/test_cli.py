@@ -53,7 +53,7 @@ def test_every_command_is_there() -> None:
     assert top == {
         "up", "run", "replay", "backfill", "generate", "tail", "watch", "status", "streams", "config",
         "doctor", "warm", "demo", "instruments", "explain", "usage", "alerts", "dead-letters",
-        "import", "migrate",
+        "import", "migrate", "plot",
     }  # fmt: skip
     assert {"streams list", "streams info", "streams trim", "streams drop-consumer", "config show", "config check"} <= {
         " ".join(path) for path, _ in ALL

@@ -13,9 +13,10 @@ import pytest
 
 from services.alerts.core import Seen
 from services.alerts.rules import Event
-from services.alerts.watch import Watch, in_session
+from services.alerts.watch import Watch
 from services.sink_sqlite.worker import run as run_sink
 from shared.bus import Bus, Step
+from shared.feeds import in_session
 from shared.frames import Frame, unreadable
 from shared.heartbeat import beat, living, redis_now_ms
 from shared.messages import Gap, Usage, encode

@@ -1,0 +1,55 @@
+"""The web server's connections, with a way to end one whose client reads nothing.
+
+A close frame, or the end of an answer, waits behind what the client has not read, which may be for ever. So a
+connection can be dropped: it is told, and cut off soon after whether it has read that or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import HTTPConnection
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+DROP = "tapeline.drop"
+GRACE_SECONDS = 5.0
+
+Drop = Callable[[int, str], None]
+
+
+def drop_of(connection: HTTPConnection) -> Drop | None:
+    """What drops a connection with a close code and a reason; None on a server that has no such thing."""
+    found: dict[str, Any] = connection.scope.get("extensions") or {}
+    return found.get(DROP)
+
+
+class Sockets(WebSocketsSansIOProtocol):
+    """WebSockets for `uvicorn.Config(ws=Sockets)`."""
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        scope: Any = getattr(self, "scope", None)
+        if scope is not None:
+            scope["extensions"][DROP] = self._drop
+
+    def _drop(self, code: int, reason: str) -> None:
+        if self.handshake_complete and not self.close_sent and not self.transport.is_closing():
+            self.conn.send_close(code, reason)
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+        self.loop.call_later(GRACE_SECONDS, self.transport.abort)
+
+
+class Requests(H11Protocol):
+    """HTTP for `uvicorn.Config(http=Requests)`."""
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        scope: Any = getattr(self, "scope", None)
+        if scope is not None:
+            scope.setdefault("extensions", {})[DROP] = self._drop
+
+    def _drop(self, _code: int, _reason: str) -> None:
+        self.loop.call_later(GRACE_SECONDS, self.transport.abort)
