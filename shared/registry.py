@@ -65,7 +65,7 @@ TOOLS = {
     "cvds-sqlite": "shared.store_sqlite:newest_cvds",
     "cvds-postgresql": "shared.store_postgres:newest_cvds",
     "cvds-bigquery": "services.sink_bigquery.reading:newest_cvds",
-    "plot": "services.web.plot:plot",
+    "plot": "services.web.plots.plot:plot",
     "pending-postgresql": "services.sink_timescale.schema:pending",
     "lacking-postgresql": "services.sink_timescale.schema:lacking",
     "check-bigquery": "services.sink_bigquery.doctor:check",

@@ -416,7 +416,7 @@ def _web_rules(web: Web) -> list[tuple[bool, str, str]]:
         (not web.token or _TOKEN.fullmatch(web.token) is not None, "web.token",
          "at least 8 letters, digits or -._~+/="),
         (bool(web.token) or is_loopback(web.host), "web.token",
-         f"set, since web.host {web.host} can be reached from other machines"),
+         f"set (TAPELINE_WEB_TOKEN), since web.host {web.host} can be reached from other machines"),
         (all(map(_ORIGIN.fullmatch, web.cors_origins)), "web.cors_origins",
          "a list of scheme://host[:port], such as https://desk.example.com"),
         (all(map(_HOST_NAME.fullmatch, web.hosts)), "web.hosts", "a list of host names without scheme and port"),

@@ -87,7 +87,13 @@ class TickerRange(Range):
 
 
 class UnderlyingRange(Range):
-    underlying: Name = Field(description="Whose options: a root, or `exchange:coin`.", examples=["ES"])
+    underlying: Name | None = Field(
+        None, description="Whose options: a root, or `exchange:coin`; of all without it.", examples=["ES"]
+    )
+
+
+def _underlying(asked: UnderlyingRange) -> dict[str, Any]:
+    return {} if asked.underlying is None else {"underlying": asked.underlying}
 
 
 class PressureRange(UnderlyingRange):
@@ -202,12 +208,12 @@ async def big_trades(request: Request, asked: Annotated[TickerRange, Query()]) -
 )
 async def pressure(request: Request, asked: Annotated[PressureRange, Query()]) -> Response:
     """Rows of `pressure_metrics`: the option trades of a strike in a window."""
-    where: dict[str, Any] = {"underlying": asked.underlying}
+    where: dict[str, Any] = _underlying(asked)
     if asked.expiration is not None:
         where["expiration"] = instant("expiration", asked.expiration)[:19] + "Z"
     where |= {n: v for n, v in (("strike", asked.strike), ("option_type", asked.option_type)) if v is not None}
     return await _answer(
-        request, asked, Table("pressure_metrics", where, "pressure", "pressure", names=(asked.underlying,))
+        request, asked, Table("pressure_metrics", where, "pressure", "pressure", names=[*_underlying(asked).values()])
     )
 
 
@@ -217,9 +223,9 @@ async def pressure(request: Request, asked: Annotated[PressureRange, Query()]) -
 )  # fmt: skip
 async def rollups(request: Request, asked: Annotated[UnderlyingRange, Query()]) -> Response:
     """Rows of `pressure_rollups`: all options of an underlying in a window."""
-    where = {"underlying": asked.underlying}
+    where = _underlying(asked)
     return await _answer(
-        request, asked, Table("pressure_rollups", where, "rollups", "pressure", names=(asked.underlying,))
+        request, asked, Table("pressure_rollups", where, "rollups", "pressure", names=[*where.values()])
     )
 
 

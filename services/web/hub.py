@@ -68,7 +68,6 @@ class Hub:
         redis = settings.redis
         self.feed = Feed(redis.url, settings.tapeline.namespace, cluster=redis.cluster)
         self.history = parse(settings.tapeline.store).scheme != "bigquery"
-        self.store_turns = asyncio.Semaphore(2 * STORE_CONNECTIONS)
         self.catching_up = asyncio.Semaphore(4)
         self.connections: dict[Connection, None] = {}
         self.pulse = Pulse()

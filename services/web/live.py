@@ -24,6 +24,8 @@ from services.web.sockets import Drop, drop_of
 from shared import live
 from shared.api_rows import Told
 from shared.errors import TapelineError
+from shared.frames import iso
+from shared.instants import HIGHEST, LOWEST
 from shared.reader_bars import instant_ns
 
 log = logging.getLogger(__name__)
@@ -95,12 +97,10 @@ class Client:
         most = self.web.settings.web.max_rows
         if ask.history < 0 or ask.history > most:
             raise bad(f"history is a number of rows from 0 to {most}")
-        if ask.since:
-            if ask.history:
-                raise bad("give history or since, not both")
-            _instant(ask.since)
+        if ask.since and ask.history:
+            raise bad("give history or since, not both")
         after = place_of_text(ask.after, subject.topic) if ask.after else None
-        return Subscription(self.web.hub, self.outbox, ask.sub, subject, Wish(ask.history, ask.since, after))
+        return Subscription(self.web.hub, self.outbox, ask.sub, subject, Wish(ask.history, _instant(ask.since), after))
 
     def unsubscribe(self, name: str) -> None:
         """Raises Problem where there is no such subscription."""
@@ -141,11 +141,17 @@ class Client:
         self.web.hub.connections.pop(self, None)
 
 
-def _instant(text: str) -> None:
+def _instant(text: str) -> str:
+    """An instant as the stores compare it; empty for none. Raises Problem."""
+    if not text:
+        return ""
     try:
-        instant_ns(text)
+        ns = instant_ns(text)
     except TapelineError as error:
         raise bad(str(error)) from None
+    if not LOWEST <= ns <= HIGHEST:
+        raise bad(f"'{text}' is beyond what an instant can be")
+    return iso(ns)
 
 
 # -- WebSocket -------------------------------------------------------------------------------

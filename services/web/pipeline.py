@@ -110,7 +110,8 @@ class Pipeline:
 
     async def _looks(self) -> tuple[Answer, Answer]:
         bus = await self._redis_look.get(PATIENCE_SECONDS)
-        store = await self._store_look.get(0 if self._store_look.found else PATIENCE_SECONDS)
+        # What is a little old is told at once, and looked at again meanwhile.
+        store = await self._store_look.get(0 if self._store_look.age < 3 * STORE_SECONDS else PATIENCE_SECONDS)
         if bus is None or self._redis_look.waiting > 2 * PATIENCE_SECONDS:
             bus = _no_bus(f"Redis has not answered for {max(1, round(self._redis_look.waiting))} s")
         if store is None:

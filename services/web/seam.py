@@ -159,6 +159,9 @@ class Subscription:
                     self._place = replace(place, cursors=dict(cursors))
             await self._outbox.room()
         # From here on nothing waits, so that nothing can come between.
+        if place.bus != stream.bus:
+            self._place = None
+            return False
         if not begun:
             self._open(snapshot, place)
         if len(cursors) == 1 and self.subject.series is not None:
@@ -173,6 +176,7 @@ class Subscription:
     async def _catch_up(self, partition: int, cursor: Cursor) -> list[Entry] | None:
         """Some entries behind a cursor, from Redis; None if it does not hold all of them."""
         stream = self._stream
+        await stream.settled()
         if order_of(cursor) > order_of(stream.positions[partition]):
             # The store, or the client, is ahead of this reader, which comes there in a moment.
             if not await self._hub.feed.holds(partition, cursor, stream.topic):
@@ -204,7 +208,7 @@ class Subscription:
 
     def _send_snapshot(self, rows: str, place: str) -> None:
         self._outbox.snapshot(self.sub, rows, place)
-        self._shown = True
+        self._shown, self._partition = True, None
         if self.subject.table == "gaps":
             self._gaps = dict.fromkeys(tuple(row[name] for name in GAP_KEY) for row in _rows(f"[{rows}]"))
 

@@ -41,6 +41,10 @@ class Sockets(WebSocketsSansIOProtocol):
             self.close_sent = True
         self.loop.call_later(GRACE_SECONDS, self.transport.abort)
 
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self.loop.call_later(GRACE_SECONDS, self.transport.abort)
+
 
 class Requests(H11Protocol):
     """HTTP for `uvicorn.Config(http=Requests)`."""

@@ -161,6 +161,8 @@ class Stream:
 
     def keeps(self, partition: int, cursor: Cursor) -> bool:
         """Whether all that came behind a cursor is kept."""
+        if partition not in self._floor:
+            return False
         if self._floor[partition].stream_id == cursor.stream_id:
             return True
         return any(e.cursor.stream_id == cursor.stream_id for e in self._kept if e.partition == partition)

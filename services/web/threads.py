@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Look(Generic[T]):
         self._work, self._every, self._name = work, every, name
         self._running: asyncio.Future[T] | None = None
         self._next = 0.0
-        self._began = 0.0
+        self._began = self._ended = -math.inf
         self.found: T | None = None
 
     async def get(self, patience: float) -> T | None:
@@ -61,8 +62,13 @@ class Look(Generic[T]):
         """For how many seconds the look that runs now has not come back."""
         return time.monotonic() - self._began if self._running is not None else 0.0
 
+    @property
+    def age(self) -> float:
+        """Seconds since the last look came back."""
+        return time.monotonic() - self._ended
+
     def _done(self, running: asyncio.Future[T]) -> None:
-        now = time.monotonic()
+        now = self._ended = time.monotonic()
         self._running = None
         self._next = max(self._began + self._every, now + 4 * (now - self._began))
         if not running.cancelled():

@@ -6,9 +6,10 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright, sync_playwright
 
+from services.ingest.synthetic import VENUE
 from services.ingest.synthetic_options import TapeOptions, build
 from shared.bus import Bus
 from tests.e2e.test_up import START_SECONDS, Up, running
@@ -78,6 +80,9 @@ def stack(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     files = map(str, build(TapeOptions()).write(folder))
     done = tapeline("backfill", *files, "--store", "sqlite:///tapeline.db", "--json", cwd=folder, **LEAN)
     assert done.returncode == 0, done.stderr
+    # As if of the same venue: a name that two venues have would have to be written with its own.
+    with closing(sqlite3.connect(folder / "tapeline.db")) as store, store:
+        store.execute("UPDATE candles SET exchange = ?", (VENUE,))
     with running(folder, **OPTIONS, TAPELINE_WEB_PORT=str(free_port())) as up:
         stack = Stack(up, f"http://127.0.0.1:{up.more['TAPELINE_WEB_PORT']}", folder)
         until(lambda: answers(stack.url), START_SECONDS, "the page's server")

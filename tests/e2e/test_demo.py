@@ -25,7 +25,7 @@ def test_the_demo_ends_by_itself_with_rows(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < MOST_SECONDS + 12
     assert done.stderr == ""
-    for said in ("trades in", "latency of live rows", "ES ", "NQ ", "CL ", "next:"):
+    for said in ("the page: http://127.0.0.1:", "trades in", "latency of live rows", "ES ", "NQ ", "CL ", "next:"):
         assert said in done.stdout
     assert below(tmp_path) == []
     with closing(sqlite3.connect(stale)) as connection:

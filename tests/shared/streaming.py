@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from shared.client import Stream
+import aiohttp
+
+from shared.client import Client, Stream
 from shared.client_stream import LIVE
 from shared.instruments import instrument_id
 from shared.messages import Instrument
@@ -20,6 +24,30 @@ OPTIONS = [
     Instrument(instrument_id("GLBX.MDP3", "NQH4 C17000"), "GLBX.MDP3", "NQH4 C17000", "NQ", "databento", kind="C",
                strike=17000.0, expiration_ns=1_711_699_200_000_000_000, underlying="NQH4"),
 ]  # fmt: skip
+
+
+class NotedClient(Client):
+    """A client whose newest connection a test can lay hands on."""
+
+    def __init__(self, url: str, receive_bytes: int = 0) -> None:
+        super().__init__(url, "")
+        self._socket: socket.socket | None = None
+        self._receive_bytes = receive_bytes
+
+    @asynccontextmanager
+    async def websocket(self) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        async with super().websocket() as connection:
+            self._socket = connection.get_extra_info("socket")
+            if self._receive_bytes and self._socket is not None:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_bytes)
+            yield connection
+
+    def cut(self) -> None:
+        """As a network does."""
+        held, self._socket = self._socket, None
+        if held is not None and held.fileno() >= 0:
+            with suppress(OSError):  # it has ended by itself
+                held.shutdown(socket.SHUT_RDWR)
 
 
 class Taker:

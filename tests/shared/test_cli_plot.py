@@ -141,7 +141,7 @@ def test_what_is_half_written_is_taken_away(folder: Path, monkeypatch: pytest.Mo
 def test_without_matplotlib_the_line_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "services.web.plot_png", raising=False)
+    monkeypatch.delitem(sys.modules, "services.web.plots.png", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run("ES")
     assert "pip install 'tapeline[plot]'" in str(done.exception)

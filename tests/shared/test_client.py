@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from shared import client_rows
+from shared import client_rows, client_stream
 from shared.bus import Bus
 from shared.client import Client, GapRow, PressureRow, RollupRow, SignalRow, tapeline_client
 from shared.client_rows import Given
@@ -36,7 +36,7 @@ from tests.services.sink_sqlite.tape import (
     signal,
 )
 from tests.serving import Served, Serving
-from tests.shared.streaming import OPTIONS, Taker
+from tests.shared.streaming import OPTIONS, NotedClient, Taker
 from tests.shared.test_reader_follow import Place, deploy, publish, second
 from tests.wait import until
 
@@ -341,4 +341,33 @@ def test_pages_of_history_and_what_comes_behind_them(place: Place, bus: Bus, ser
 
     with place.sinking():
         place.stored(8)
+        asyncio.run(work())
+
+
+def test_a_slow_consumer_gets_the_newest_of_each_row(
+    place: Place, bus: Bus, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_stream, "BUFFER", 1)
+    stage = Stage(bus)
+    stage.put(second(0))
+    hub = served.app.state.web.hub
+
+    async def work() -> None:
+        async with Taker(NotedClient(served.base, 1 << 16).candles("ES", "rolling", since=0)) as taker:
+            await taker.reaches(1)
+            taker.gate.clear()
+            # More than all buffers between here and there hold.
+            for revision in range(1, 13):
+                await put(stage, candles(rows(2000, revision=revision)))
+            await asyncio.to_thread(until, lambda: hub.stream("candles").positions[0].seq == stage.seq, 20)
+            taker.gate.set()
+            newest = {(n, 12) for n in range(1000)}
+            await taker.until(lambda taken: newest <= set(seconds(taken[-1000:])), "all at their newest")
+            told = seconds(taker.rows)
+            assert taker.stream.skipped > 0
+            assert len(told) + taker.stream.skipped == 1 + 12 * 1000
+            assert all([r for n, r in told if n == one] == sorted({r for n, r in told if n == one}) for one in (0, 999))
+
+    with place.sinking():
+        place.stored(1)
         asyncio.run(work())

@@ -64,6 +64,53 @@ def test_what_is_wrong_is_named(environ: dict[str, str], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+LOCKED = {"TAPELINE_WEB_TOKEN": "long-enough"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"TAPELINE_WEB_PORT": "65536"}, "env TAPELINE_WEB_PORT: web.port must be between 0 (no page) and 65535"),
+        ({"TAPELINE_WEB_PORT": "-1"}, "web.port must be"),
+        ({"TAPELINE_WEB_HOST": " "}, "web.host must be an address"),
+        ({"TAPELINE_WEB_TOKEN": "short"}, "env TAPELINE_WEB_TOKEN: web.token must be at least 8 letters"),
+        ({"TAPELINE_WEB_TOKEN": "with a space in it"}, "web.token must be at least 8 letters"),
+        ({"TAPELINE_WEB_TOKEN": "semicolon;semicolon"}, "web.token must be at least 8 letters"),
+        ({"TAPELINE_WEB_HOST": "0.0.0.0"}, "web.token must be set (TAPELINE_WEB_TOKEN), since web.host 0.0.0.0"),
+        ({"TAPELINE_WEB_HOST": "desk.example.com"}, "web.token must be set"),
+        ({"TAPELINE_WEB_CORS_ORIGINS": "desk.example.com"}, "web.cors_origins must be a list of scheme://host"),
+        ({"TAPELINE_WEB_CORS_ORIGINS": "https://a.example,https://b.example/"}, "web.cors_origins must be"),
+        ({"TAPELINE_WEB_CORS_ORIGINS": "*"}, "web.cors_origins must be"),
+        ({"TAPELINE_WEB_HOSTS": "https://desk.example.com"}, "web.hosts must be a list of host names"),
+        ({"TAPELINE_WEB_HOSTS": "desk.example.com:80"}, "web.hosts must be"),
+        ({"TAPELINE_WEB_REQUESTS_PER_SECOND": "0"}, "web.requests_per_second must be above 0"),
+        ({"TAPELINE_WEB_CONNECTIONS": "0"}, "web.connections must be at least 1"),
+        ({"TAPELINE_WEB_MAX_ROWS": "0"}, "web.max_rows must be at least 1"),
+        ({"TAPELINE_WEB_MAX_EXPORT_ROWS": "0"}, "web.max_export_rows must be at least 1"),
+    ],
+)
+def test_what_is_wrong_with_the_page_is_named(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(environ=environ)
+    assert says in str(caught.value)
+    assert environ.get("TAPELINE_WEB_TOKEN", "\n") not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        *({"TAPELINE_WEB_HOST": host} for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")),
+        {**LOCKED, "TAPELINE_WEB_HOST": "0.0.0.0"},
+        {**LOCKED, "TAPELINE_WEB_HOST": "::", "TAPELINE_WEB_HOSTS": "desk.example.com,fd00::7,192.168.1.7"},
+        {"TAPELINE_WEB_CORS_ORIGINS": "https://desk.example.com,http://localhost:3000,http://[::1]:3000"},
+        {"TAPELINE_WEB_PORT": "0"},
+    ],
+)
+def test_a_page_may_be_served_so(environ: dict[str, str]) -> None:
+    assert load(environ=environ).web.connections == 500
+
+
 @pytest.mark.parametrize(
     "text", ["[nowhere]\nx = 1\n", "[tapeline]\nnothing = 1\n", "not toml", "[tapeline]\npartitions = 'x'\n"]
 )

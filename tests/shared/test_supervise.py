@@ -56,11 +56,12 @@ def test_what_up_runs_follows_the_settings() -> None:
     def names(**environ: str) -> list[str]:
         return [w for p in programs(load(environ=environ)) for w in p.workers()]
 
-    assert names() == ["redis", "ingest-synthetic", "aggregate", "pressure", "signals", "sink-sqlite"]
+    assert names() == ["redis", "ingest-synthetic", "aggregate", "pressure", "signals", "web", "sink-sqlite"]
+    assert "web" not in names(TAPELINE_WEB_PORT="0")
     assert "alerts" in names(TAPELINE_ALERTS_CHANNELS="ops=https://example.org/hook")
     assert "signals" not in names(TAPELINE_PRESSURE_WORKERS="0")
     assert names(TAPELINE_PRESSURE_WORKERS="2", TAPELINE_SIGNALS_WORKERS="0")[3:5] == ["pressure-1", "pressure-2"]
-    assert names(TAPELINE_SINK_MODES="ticks")[1:] == ["ingest-synthetic", "sink-sqlite"]
+    assert names(TAPELINE_SINK_MODES="ticks")[1:] == ["ingest-synthetic", "web", "sink-sqlite"]
     assert "redis" not in names(REDIS_URL="redis://elsewhere:6379/0")
     assert names(TAPELINE_AGGREGATE_WORKERS="3")[2:5] == ["aggregate-1", "aggregate-2", "aggregate-3"]
     assert names(TAPELINE_STORE="postgresql://h/db")[-1:] == ["sink-timescale"]

@@ -2,6 +2,7 @@
 
 import { el, put } from "./elements.js";
 import { clock, day, number } from "./format.js";
+import { recall, remember } from "./store.js";
 
 const EVERY_MS = 10_000;
 const ICONS = { INFO: "i", WARNING: "!", CRITICAL: "!!", EMERGENCY: "!!!" };
@@ -15,8 +16,14 @@ export function alertsOf(app, name) {
   const list = el("ol", { class: "alerts", "data-testid": "alerts-list" });
   const error = el("p", { class: "notice", role: "status", hidden: true });
   const count = el("span", { class: "count" });
-  const element = el("section", { class: "open-alerts", "aria-label": "Open alerts", hidden: true },
-    el("h3", {}, "Open alerts ", count), error, list);
+  const element = el(
+    "details",
+    { class: "open-alerts", hidden: true, open: recall("alerts.open", true) },
+    el("summary", {}, "Open alerts ", count),
+    error,
+    list,
+  );
+  element.addEventListener("toggle", () => remember("alerts.open", element.open));
   let told = "";
 
   const fail = (problem) => {
@@ -46,17 +53,42 @@ export function alertsOf(app, name) {
     element.hidden = open.length === 0;
     put(count, "text", String(open.length));
     const focused = document.activeElement?.closest?.("li[data-id]")?.dataset.id;
-    list.replaceChildren(...open.map((alert) =>
-      el("li", { class: `alert ${alert.severity.toLowerCase()}`, "data-testid": "alert", "data-id": alert.id, "data-severity": alert.severity },
-        el("span", { class: "what" },
-          el("span", { class: "badge" }, el("i", { "aria-hidden": "true", text: ICONS[alert.severity] ?? "!" }), alert.severity),
-          " ", el("b", { text: alert.title })),
-        el("span", { class: "about", text: `${timesOf(alert)} · ${alert.text}` }),
-        el("button", {
-          type: "button", class: "small", "data-testid": "alert-ack", text: "Ack",
-          "aria-label": `Acknowledge: ${alert.title}`, on: { click: () => acknowledge(alert) },
-        }))));
-    if (focused) (list.querySelector(`li[data-id="${CSS.escape(focused)}"] button`) ?? list.querySelector("button"))?.focus();
+    list.replaceChildren(
+      ...open.map((alert) =>
+        el(
+          "li",
+          {
+            class: `alert ${alert.severity.toLowerCase()}`,
+            "data-testid": "alert",
+            "data-id": alert.id,
+            "data-severity": alert.severity,
+          },
+          el(
+            "span",
+            { class: "what" },
+            el(
+              "span",
+              { class: "badge" },
+              el("i", { "aria-hidden": "true", text: ICONS[alert.severity] ?? "!" }),
+              alert.severity,
+            ),
+            " ",
+            el("b", { text: alert.title }),
+          ),
+          el("span", { class: "about", title: alert.text, text: `${timesOf(alert)} · ${alert.text}` }),
+          el("button", {
+            type: "button",
+            class: "small",
+            "data-testid": "alert-ack",
+            text: "Ack",
+            "aria-label": `Acknowledge: ${alert.title}`,
+            on: { click: () => acknowledge(alert) },
+          }),
+        ),
+      ),
+    );
+    if (focused)
+      (list.querySelector(`li[data-id="${CSS.escape(focused)}"] button`) ?? list.querySelector("button"))?.focus();
   }
 
   async function refresh() {

@@ -20,8 +20,8 @@
  * - `app.theme.colour(name) -> string`: a colour variable of style.css, resolved for a canvas: `colour("--up")`. The
  *   variables: --bg --panel --raised --line --text --muted --accent --up --down --unknown --ok --warn --bad --focus.
  * - `app.chart.mark(layer, marks)`: shows marks on the chart, in place of the layer's former ones. A mark:
- *   `{id, time, side, text, strong}`; `time` in unix seconds (of a signal: its window's end), `side` "buy", "sell" or "",
- *   `text` short. They are snapped to candles, and shown when the candles of that time are.
+ *   `{id, time, side, text, strong}`; `time` in unix seconds (of a signal: its window's end), `side` "buy", "sell" or
+ *   "", `text` short. They are snapped to candles, and shown when the candles of that time are.
  *   `app.chart.goTo(time) -> Promise`: moves the chart there, loading what it needs.
  *
  * `window.tapeline` is this `app`, for people with a console and for tests.
@@ -49,6 +49,9 @@ const PATIENCE_MS = 1500;
 /** Beyond the time in which a row is due: it has to be made and stored. */
 const LATE_SECONDS = 8;
 
+// A token that the server took is in a cookie by now; one that is still here was refused, and must not stay in sight.
+const refused = new URLSearchParams(location.search).has("token");
+if (refused) history.replaceState(null, "", location.pathname);
 const state = new State();
 const theme = new Theme();
 const api = new Api(wantToken);
@@ -104,6 +107,7 @@ async function start() {
   const shown = first ? open({ name: first, rolling: null, underlying: null }, chosen, false) : nothing();
   state.meta = await patiently(() => meta, () => api.get("/meta"));
   market.timeframes = state.meta.timeframes;
+  market.mostRows = state.meta.limits?.max_rows ?? market.mostRows;
   drawTimeframes();
   drawMenus();
   drawKeys($("keys"), state.meta.timeframes);
@@ -249,8 +253,8 @@ function button(text, pressed) {
 
 function nothing() {
   const retry = button("Look again", () => location.reload());
-  say("There is no market data yet", "Start a feed: “tapeline demo” shows a synthetic market, “tapeline doctor” says "
-    + "what a real one still needs. This page shows it as soon as there is any.", retry);
+  say("There is no market data yet", "Start a feed: “tapeline demo” shows a synthetic market, “tapeline doctor” "
+    + "says what a real one still needs. This page shows it as soon as there is any.", retry);
   const wait = setInterval(async () => {
     const found = await api.get("/instruments", { limit: 1 }).catch(() => ({ instruments: [] }));
     if (state.symbol || found.instruments.length) clearInterval(wait);
@@ -269,7 +273,7 @@ function checkEmpty() {
     say(`No symbol “${name}”`, "No feed has told of it, and the store has no candles of it.", search);
   } else {
     const step = windowOf(state.timeframe);
-    const first = step > 60 ? ` The first one comes when ${format.span(step)} of market have passed, on the clock.` : "";
+    const first = step > 60 ? ` The first one comes at the end of its ${format.span(step)}.` : "";
     say(`No ${labelOf(state.timeframe)} candles of ${name} yet`, `They are shown here as they come.${first}`, search);
   }
 }
@@ -314,7 +318,8 @@ function listen() {
     const { symbol, timeframe } = asked();
     const chosen = Number.isFinite(stepOf(timeframe)) ? timeframe : DEFAULT_TIMEFRAME;
     if (symbol && (symbol !== state.symbol?.name || chosen !== state.timeframe)) {
-      open(symbol === state.symbol?.name ? state.symbol : { name: symbol, rolling: null, underlying: null }, chosen, false);
+      const same = symbol === state.symbol?.name;
+      open(same ? state.symbol : { name: symbol, rolling: null, underlying: null }, chosen, false);
       identify(symbol);
     }
   });
@@ -340,7 +345,8 @@ function standing() {
   if (live.state === "reconnecting") return ["wait", `reconnecting${age()}`];
   if (live.state === "denied") return ["bad", "a token is needed"];
   if (live.state === "connecting") return ["wait", "connecting"];
-  if (trouble) return market.bars.list.length ? ["wait", "live, older history failed"] : ["bad", "no history: trying again"];
+  if (trouble && !market.bars.list.length) return ["bad", "no history: trying again"];
+  if (trouble) return ["wait", "live, older history failed"];
   if (market.detached) return ["wait", "history: Now goes back to live"];
   if (market.notice) return ["wait", market.notice];
   if (!market.bars.list.length) return ["wait", "no rows yet"];
@@ -348,8 +354,15 @@ function standing() {
   if (late === 0) return ["ok", "live"];
   const feeds = state.pipeline?.feeds ?? [];
   const closed = feeds.length > 0 && feeds.every((feed) => feed.state === "closed" || feed.state === "ended");
-  if (closed) return ["wait", feeds[0].state === "closed" ? `market closed${age()}` : `the recording has ended${age()}`];
+  if (closed) return ["wait", `${feeds[0].state === "closed" ? "market closed" : "the recording has ended"}${age()}`];
+  if (state.symbol?.rolling === false && flowing(feeds)) return ["wait", `quiet${age()}`];
   return ["bad", `stale${age()}`];
+}
+
+/** Whether the feeds tell that time goes on: then a contract without rows has no trades. */
+function flowing(feeds) {
+  const told = Date.now() - state.heardAt < LATE_SECONDS * 1000;
+  return told && feeds.some((feed) => feed.state === "connected" && feed.watermark_age_seconds < LATE_SECONDS);
 }
 
 /** Seconds since the newest row, as soon as they are more than a row takes; else 0. */
@@ -388,7 +401,9 @@ function announce(text) {
 
 function wantToken() {
   const box = $("token");
-  if (!box.open) box.showModal();
+  if (box.open) return;
+  $("token-refused").hidden = !refused;
+  box.showModal();
 }
 
 // Buttons and keys.
@@ -419,7 +434,8 @@ const SHORTCUTS = {
 };
 
 function keys(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input, textarea, select, dialog")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.closest?.("input, textarea, select, dialog")) return;
   const timeframe = /^[1-9]$/.test(event.key) ? state.meta?.timeframes[Number(event.key) - 1] : undefined;
   const does = SHORTCUTS[event.key.toLowerCase()];
   if (!does && !timeframe) return;

@@ -1,5 +1,6 @@
 /** The chart: candles with volume, CVD, spread and what was asked for, as the market has them. */
 
+import { Bubbles } from "./bubbles.js";
 import { clock, day, digitsOf, known, number, price, signed } from "./format.js";
 import { Hatch } from "./hatch.js";
 import { onPrice, paneOf, titleOf } from "./indicators.js";
@@ -38,8 +39,9 @@ export class Chart extends EventTarget {
     });
     this.price = this.chart.addSeries(CandlestickSeries, { lastValueVisible: false, priceLineVisible: false }, 0);
     // A line of its own: the series' label would have the colour of a hollow candle, which is none.
-    this.lastPrice = this.price.createPriceLine({ price: 0, lineWidth: 1, lineStyle: LineStyle.Dotted, lineVisible: false,
-      axisLabelVisible: false, title: "" });
+    this.lastPrice = this.price.createPriceLine({
+      price: 0, lineWidth: 1, lineStyle: LineStyle.Dotted, lineVisible: false, axisLabelVisible: false, title: "",
+    });
     this.volume = this.chart.addCustomSeries(new Stack(), {
       priceScaleId: "volume", lastValueVisible: false, priceLineVisible: false,
       priceFormat: { type: "custom", formatter: number, minMove: 1e-8 },
@@ -60,6 +62,8 @@ export class Chart extends EventTarget {
     this.hatch = new Hatch(() => this.market.bars.list, () => this.still.matches);
     this.price.attachPrimitive(this.hatch);
     this.marks = new Marks(this.price, () => this.market.bars);
+    this.bubbles = new Bubbles(this.marks, () => this.market.bars);
+    this.price.attachPrimitive(this.bubbles);
     this.#listen();
     this.paint();
     requestAnimationFrame(() => this.#arrange());
@@ -239,6 +243,7 @@ export class Chart extends EventTarget {
       series.applyOptions({ color: series.seriesType() === "Histogram" ? `${color}80` : color });
     });
     this.hatch.colours = { warn: c("--warn"), flash: c("--text"), background: c("--panel") };
+    this.bubbles.font = c("--font");
     this.marks.colours = { up, down, muted: c("--muted") };
     this.marks.refresh();
     this.#lastLabel();
@@ -253,10 +258,10 @@ export class Chart extends EventTarget {
       if (!onPrice(name)) names.set(series.getPane().paneIndex(), paneOf(name));
     }
     const panes = this.chart.panes();
-    this.labels = [...names].filter(([index]) => panes[index]).map(([index, text]) => createTextWatermark(panes[index], {
-      horzAlign: "left", vertAlign: "top",
-      lines: [{ text: ` ${text}`, color: this.theme.colour("--muted"), fontSize: 11, fontFamily: this.theme.colour("--font") }],
-    }));
+    const look = { color: this.theme.colour("--muted"), fontSize: 11, fontFamily: this.theme.colour("--font") };
+    this.labels = [...names].filter(([index]) => panes[index]).map(([index, text]) => (
+      createTextWatermark(panes[index], { horzAlign: "left", vertAlign: "top", lines: [{ ...look, text: ` ${text}` }] })
+    ));
   }
 
   /** On the price: name and colour of what is drawn there. */

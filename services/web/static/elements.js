@@ -44,7 +44,8 @@ export function choice(label, id, options, value, onchange) {
 /** The options of a select, in place of the former ones; keeps what was chosen where it is still there. */
 export function fill(select, options, value = select.value) {
   const same =
-    select.options.length === options.length && options.every(([v, text], i) => {
+    select.options.length === options.length &&
+    options.every(([v, text], i) => {
       const option = select.options[i];
       return option.value === v && option.textContent === text;
     });
@@ -88,7 +89,8 @@ export const minuteOf = (text) => text.slice(11, 16);
 export const expiryOf = (text) => `${dayOf(text)} ${text.slice(2, 4)}`;
 
 /** A duration with tenths where it is short. */
-export const lasting = (length) => (!known(length) ? "–" : length < 9.95 ? `${Math.max(0, length).toFixed(1)} s` : span(length));
+export const lasting = (length) =>
+  !known(length) ? "–" : length < 9.95 ? `${Math.max(0, length).toFixed(1)} s` : span(length);
 
 /** Runs `work` once in the next frame, however often it is asked to. */
 export function soon(work) {

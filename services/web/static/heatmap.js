@@ -5,9 +5,11 @@
  * that is shown is made anew from what is held (`Book`): windows end once a minute or less, so that is cheap.
  */
 
-import { choice, dayOf, el, expiryOf, fill, fixed, minuteOf, put, soon, strikeText } from "./elements.js";
+import { dayOf, el, expiryOf, fill, fixed, minuteOf, put, soon, strikeText } from "./elements.js";
 import { iso, number, seconds, signed } from "./format.js";
+import { partsOf } from "./heatmap-parts.js";
 import { Book, at, cellWords, gridOf, nearest } from "./pressure-grid.js";
+import { factsOf, optionsOf, placeBeside, rollupOf, sideOf } from "./pressure-details.js";
 import { coloursOf, columnsThatFit, draw, hit, layoutOf } from "./pressure-draw.js";
 import { tableOf } from "./pressure-table.js";
 import { recall, remember } from "./store.js";
@@ -18,9 +20,6 @@ const OLDER = 4000; // rows a page of history
 const MOST = 40_000; // rows held while nobody looks at old windows
 const STRIKES = 28; // rows drawn, unless all are asked for
 const TABLE_COLUMNS = 24;
-const TYPES = [["net", "Net"], ["call", "Calls"], ["put", "Puts"]];
-const MEASURES = [["volume", "By volume"], ["premium", "By premium"]];
-
 /** @param {HTMLElement} element @param {any} app */
 export function mount(element, app) {
   return new Heatmap(element, app);
@@ -60,68 +59,33 @@ class Heatmap {
 
   #build(element) {
     element.classList.add("heatmap");
-    const pick = choice("Underlying", "heatmap-underlying", [], "", (value) => this.#choose(value));
-    const expiration = choice("Expiry", "heatmap-expiration", [["", "All"]], "", (value) => {
-      this.expiration = value;
+    const set = (change, kept) => (value) => {
+      Object.assign(this, change(value));
+      if (kept) remember(`heatmap.${kept}`, value);
       this.render();
-    });
-    const measure = choice("Size of the squares", "heatmap-size", MEASURES, this.measure, (value) => {
-      remember("heatmap.measure", (this.measure = value));
-      this.render();
-    });
-    [this.pick, this.expirations] = [pick, expiration.select];
-    this.types = el("fieldset", { class: "segments", "data-testid": "heatmap-type" },
-      el("legend", { class: "sr", text: "Options" }),
-      ...TYPES.map(([value, text]) => el("label", {},
-        el("input", {
-          type: "radio", name: "heatmap-type", value, checked: value === this.type,
-          on: { change: () => { remember("heatmap.type", (this.type = value)); this.render(); } },
-        }),
-        el("span", { text }))),
-    );
-    const button = (text, id, act, label) =>
-      el("button", { type: "button", "data-testid": id, text, "aria-label": label ?? null, on: { click: act } });
-    this.every = button("All strikes", "heatmap-strikes", () => { this.everyStrike = !this.everyStrike; this.render(); });
-    this.view = button("Table", "heatmap-view", () => {
-      remember("heatmap.table", (this.asTable = !this.asTable));
-      this.render();
-    });
-    this.older = button("‹", "heatmap-older", () => this.#go(-1), "Older windows");
-    this.newer = button("›", "heatmap-newer", () => this.#go(1), "Newer windows");
-    this.newest = button("Live", "heatmap-live", () => { this.until = ""; this.render(); }, "Newest windows");
-    this.summary = el("p", { class: "summary", "data-testid": "heatmap-summary" });
-    this.notice = el("p", { class: "notice", role: "status", hidden: true, "data-testid": "heatmap-notice" });
-    this.empty = el("p", { class: "empty", hidden: true, "data-testid": "heatmap-empty" });
-    this.canvas = el("canvas", {
-      tabindex: "0", role: "application", "aria-roledescription": "heat map", "data-testid": "heatmap-canvas",
-      on: {
-        pointermove: (event) => event.pointerType !== "touch" && !this.pinned && this.#point(event),
-        pointerleave: (event) => event.pointerType !== "touch" && !this.pinned && this.#leave(),
+    };
+    const touch = (event) => event.pointerType === "touch";
+    const parts = partsOf(this, {
+      choose: (value) => this.#choose(value),
+      expire: set((expiration) => ({ expiration })),
+      measure: set((measure) => ({ measure }), "measure"),
+      type: set((type) => ({ type }), "type"),
+      strikes: set(() => ({ everyStrike: !this.everyStrike })),
+      view: () => set((asTable) => ({ asTable }), "table")(!this.asTable),
+      older: () => this.#go(-1),
+      newer: () => this.#go(1),
+      newest: set(() => ({ until: "" })),
+      canvas: {
+        pointermove: (event) => !touch(event) && !this.pinned && this.#point(event),
+        pointerleave: (event) => !touch(event) && !this.pinned && this.#leave(),
         click: (event) => this.#click(event),
         keydown: (event) => this.#key(event),
         focus: () => this.canvas.matches(":focus-visible") && this.#cursorAtLeast(),
         blur: () => this.#leave(),
       },
     });
-    this.grid = el("div", { class: "scroll", hidden: true });
-    this.stage = el("div", { class: "stage" }, this.canvas, this.grid, this.empty);
-    this.legend = this.#legend();
-    this.details = el("section", { class: "heatmap-details", popover: "manual", "aria-label": "Chosen cell", "data-testid": "heatmap-details" });
-    element.append(
-      el("div", { class: "controls" }, el("h2", { text: "Option pressure" }), pick.label,
-        el("span", { class: "group" }, this.older, this.newer, this.newest, this.view)),
-      el("div", { class: "controls" }, this.types, expiration.label, measure.label, this.every),
-      this.notice, this.summary, this.stage, this.legend, this.details,
-    );
-  }
-
-  #legend() {
-    this.legendEnds = [el("span"), el("span")];
-    const note = (mark, text) => el("span", { class: "note" }, el("i", { class: mark, "aria-hidden": "true" }), text);
-    return el("div", { class: "map-legend", "data-testid": "heatmap-legend" },
-      el("span", { class: "scale" }, this.legendEnds[0], el("i", { class: "gradient", "aria-hidden": "true" }), this.legendEnds[1]),
-      note("sizes", "size: share of the largest"), note("hatched", "incomplete"), note("price", "underlying"),
-      el("span", { class: "hint", text: "Point, tap or use the arrow keys for what is in a cell." }));
+    element.append(...parts.children);
+    Object.assign(this, parts);
   }
 
   // What is asked of the server.
@@ -154,26 +118,56 @@ class Heatmap {
     this.subs = [];
     this.book.clear();
     Object.assign(this, {
-      underlying, until: "", expiration: "", cursor: null, pinned: false, exhausted: false, ready: false, waiting: "", refused: "",
+      underlying,
+      until: "",
+      expiration: "",
+      cursor: null,
+      pinned: false,
+      exhausted: false,
+      ready: false,
+      waiting: "",
+      refused: "",
     });
     this.render();
     if (!underlying) return;
     remember("heatmap.underlying", underlying);
     const common = {
-      notice: ({ code, message }) => { this.waiting = code === "waiting" ? message : ""; this.render(); },
-      error: ({ message }) => { this.refused = message; this.render(); },
+      notice: ({ code, message }) => {
+        this.waiting = code === "waiting" ? message : "";
+        this.render();
+      },
+      error: ({ message }) => {
+        this.refused = message;
+        this.render();
+      },
     };
     this.subs.push(
-      this.app.live.subscribe({ channel: "pressure", symbol: underlying, history: HISTORY }, {
-        ...common,
-        snapshot: (rows) => this.#begin(rows),
-        rows: (rows) => { this.book.put(rows); this.#held(); },
-      }),
-      this.app.live.subscribe({ channel: "rollups", symbol: underlying, history: WINDOWS }, {
-        ...common,
-        snapshot: (rows) => { this.book.rollups.clear(); this.book.putRollups(rows); this.render(); },
-        rows: (rows) => { this.book.putRollups(rows); this.render(); },
-      }),
+      this.app.live.subscribe(
+        { channel: "pressure", symbol: underlying, history: HISTORY },
+        {
+          ...common,
+          snapshot: (rows) => this.#begin(rows),
+          rows: (rows) => {
+            this.book.put(rows);
+            this.#held();
+          },
+        },
+      ),
+      this.app.live.subscribe(
+        { channel: "rollups", symbol: underlying, history: WINDOWS },
+        {
+          ...common,
+          snapshot: (rows) => {
+            this.book.rollups.clear();
+            this.book.putRollups(rows);
+            this.render();
+          },
+          rows: (rows) => {
+            this.book.putRollups(rows);
+            this.render();
+          },
+        },
+      ),
     );
   }
 
@@ -280,7 +274,12 @@ class Heatmap {
     if (event.ctrlKey || event.metaKey || event.altKey || !this.visible?.columns.length) return undefined;
     const { columns, strikes } = this.visible;
     const move = {
-      ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-columns.length, 0], End: [columns.length, 0],
+      ArrowLeft: [-1, 0],
+      ArrowRight: [1, 0],
+      ArrowUp: [0, -1],
+      ArrowDown: [0, 1],
+      Home: [-columns.length, 0],
+      End: [columns.length, 0],
     }[event.key];
     if (event.key === "PageUp" || event.key === "PageDown") {
       event.preventDefault();
@@ -295,7 +294,8 @@ class Heatmap {
     if (event.key === "ArrowRight" && column === columns.length - 1 && this.until) return this.#go(1);
     const clamp = (value, most) => Math.max(0, Math.min(most, value));
     this.cursor = {
-      time: columns[clamp(column + move[0], columns.length - 1)].time, strike: strikes[clamp(row + move[1], strikes.length - 1)] ?? null,
+      time: columns[clamp(column + move[0], columns.length - 1)].time,
+      strike: strikes[clamp(row + move[1], strikes.length - 1)] ?? null,
     };
     this.pinned = this.focused = true;
     this.#tell();
@@ -320,10 +320,17 @@ class Heatmap {
     this.shown = [from, to];
     const seen = columns.slice(from, to);
     const price = seen.findLast((column) => column.price !== null)?.price ?? null;
-    const used = new Set(seen.flatMap((column) => grid.strikes.filter((strike) => grid.cells.has(at(column.time, strike)))));
+    const used = new Set(
+      seen.flatMap((column) => grid.strikes.filter((strike) => grid.cells.has(at(column.time, strike)))),
+    );
     const traded = grid.strikes.filter((strike) => used.has(strike));
     const strikes = this.everyStrike ? traded : nearest(traded, price, STRIKES);
-    this.visible = { columns: seen, strikes, cells: grid.cells, layout: layoutOf(this.stage.clientWidth, seen.length, strikes.length) };
+    this.visible = {
+      columns: seen,
+      strikes,
+      cells: grid.cells,
+      layout: layoutOf(this.stage.clientWidth, seen.length, strikes.length),
+    };
     const nothing = columns.length === 0;
     this.#controls(traded.length, to, columns.length);
     this.#words(seen);
@@ -348,10 +355,21 @@ class Heatmap {
 
   #controls(traded, to, columns) {
     const underlyings = [...new Set([...(this.known ?? []), this.underlying].filter(Boolean))].sort();
-    fill(this.pick.select, this.underlying ? underlyings.map((u) => [u, u]) : [["", "–"], ...underlyings.map((u) => [u, u])], this.underlying);
+    fill(
+      this.pick.select,
+      this.underlying ? underlyings.map((u) => [u, u]) : [["", "–"], ...underlyings.map((u) => [u, u])],
+      this.underlying,
+    );
     this.pick.label.hidden = underlyings.length < 2 && Boolean(this.underlying);
     const expirations = this.book.expirations();
-    fill(this.expirations, [["", expirations.length === 1 ? "1 expiry" : `${expirations.length} expiries`], ...expirations.map((e) => [e, expiryOf(e)])], this.expiration);
+    fill(
+      this.expirations,
+      [
+        ["", expirations.length === 1 ? "1 expiry" : `${expirations.length} expiries`],
+        ...expirations.map((e) => [e, expiryOf(e)]),
+      ],
+      this.expiration,
+    );
     this.expiration = this.expirations.value;
     this.every.hidden = traded <= STRIKES;
     put(this.every, "aria-pressed", String(this.everyStrike));
@@ -376,11 +394,19 @@ class Heatmap {
     this.summary.hidden = !column;
     if (!column) return;
     const r = column.rollup;
-    const item = (name, value, side = "") => el("span", {}, el("small", { text: name }), el("b", { class: side, text: value }));
+    const item = (name, value, side = "") =>
+      el("span", {}, el("small", { text: name }), el("b", { class: side, text: value }));
     this.summary.replaceChildren(
-      item("Window", `${dayOf(column.time)} ${minuteOf(column.time)}–${minuteOf(column.end)}${column.complete ? "" : " (incomplete)"}`),
+      item(
+        "Window",
+        `${dayOf(column.time)} ${minuteOf(column.time)}–${minuteOf(column.end)}${column.complete ? "" : " (incomplete)"}`,
+      ),
       item("Put/call", fixed(r.put_call_ratio, 2)),
-      item("Net", `${signed(Math.round(r.net_premium))} ${r.net_premium > 0 ? "bullish" : r.net_premium < 0 ? "bearish" : ""}`, sideOf(r.net_premium)),
+      item(
+        "Net",
+        `${signed(Math.round(r.net_premium))} ${r.net_premium > 0 ? "bullish" : r.net_premium < 0 ? "bearish" : ""}`,
+        sideOf(r.net_premium),
+      ),
       item("Underlying", r.underlying_price === null ? "–" : number(r.underlying_price)),
     );
   }
@@ -390,37 +416,66 @@ class Heatmap {
     const column = this.cursor ? columns.findIndex(({ time }) => time === this.cursor.time) : -1;
     const cursor = column < 0 ? null : { column, row: strikes.indexOf(this.cursor.strike) };
     draw(this.canvas, {
-      columns, strikes, cells, measure: this.measure, cursor, focused: this.focused, layout, colours: coloursOf(this.app.theme),
+      columns,
+      strikes,
+      cells,
+      measure: this.measure,
+      cursor,
+      focused: this.focused,
+      layout,
+      colours: coloursOf(this.app.theme),
     });
-    const drawn = columns.reduce((n, { time }) => n + strikes.filter((strike) => cells.has(at(time, strike))).length, 0);
+    const drawn = columns.reduce(
+      (n, { time }) => n + strikes.filter((strike) => cells.has(at(time, strike))).length,
+      0,
+    );
     Object.assign(this.canvas.dataset, {
-      columns: columns.length, strikes: strikes.length, cells: drawn, newest: columns.at(-1)?.time ?? "",
-      incomplete: columns.filter((found) => !found.complete).length, underlying: this.underlying,
+      columns: columns.length,
+      strikes: strikes.length,
+      cells: drawn,
+      newest: columns.at(-1)?.time ?? "",
+      incomplete: columns.filter((found) => !found.complete).length,
+      underlying: this.underlying,
     });
-    put(this.canvas, "aria-label",
+    put(
+      this.canvas,
+      "aria-label",
       `Option pressure of ${this.underlying}, ${strikes.length} strikes, ${columns.length} windows until ` +
-      `${columns.length ? minuteOf(columns.at(-1).end) : "now"}. Arrow keys move, page keys go to older and newer windows; ` +
-      "the button Table shows the same as a table.");
+        `${columns.length ? minuteOf(columns.at(-1).end) : "now"}. Arrow keys move, page keys go to older and newer windows; ` +
+        "the button Table shows the same as a table.",
+    );
   }
 
   #table() {
     const held = document.activeElement?.closest?.('[data-testid="heatmap-table"] td')?.dataset;
     const { columns, strikes, cells } = this.visible;
-    const made = [this.type, this.expiration, this.measure, columns.length, ...strikes,
-      ...columns.map(({ time, rollup }) => time + (rollup?.revision ?? "")), ...[...cells.values()].map((cell) => cell.revision + cell.rows.length)].join();
+    const made = [
+      this.type,
+      this.expiration,
+      this.measure,
+      columns.length,
+      ...strikes,
+      ...columns.map(({ time, rollup }) => time + (rollup?.revision ?? "")),
+      ...[...cells.values()].map((cell) => cell.revision + cell.rows.length),
+    ].join();
     if (made === this.made && this.grid.firstChild) return;
     this.made = made;
     const scroll = this.grid.firstChild ? this.grid.scrollLeft : Number.MAX_SAFE_INTEGER;
-    this.grid.replaceChildren(tableOf({
-      columns, strikes, cells, type: this.type,
-      caption: `Log ratio of ${this.type === "net" ? "bullish to bearish" : "bought to sold"} volume of ${this.underlying}, by strike and start of the window (UTC)`,
-      chosen: (column, row) => {
-        this.cursor = { time: columns[column].time, strike: strikes[row] };
-        this.pinned = true;
-        this.#details();
-      },
-      left: () => this.#leave(),
-    }));
+    this.grid.replaceChildren(
+      tableOf({
+        columns,
+        strikes,
+        cells,
+        type: this.type,
+        caption: `Log ratio of ${this.type === "net" ? "bullish to bearish" : "bought to sold"} volume of ${this.underlying}, by strike and start of the window (UTC)`,
+        chosen: (column, row) => {
+          this.cursor = { time: columns[column].time, strike: strikes[row] };
+          this.pinned = true;
+          this.#details();
+        },
+        left: () => this.#leave(),
+      }),
+    );
     this.grid.scrollLeft = scroll;
     if (held) this.grid.querySelector(`td[data-time="${held.time}"][data-strike="${held.strike}"]`)?.focus();
   }
@@ -437,8 +492,11 @@ class Heatmap {
     }
     const when = `${dayOf(column.time)} ${minuteOf(column.time)}–${minuteOf(column.end)}`;
     const title = this.cursor.strike === null ? when : `${strikeText(this.cursor.strike)} · ${when}`;
-    const nothing = this.cursor.strike === null ? [] : [el("p", { class: "hint", text: "Nothing traded here. The whole window:" })];
-    const inside = cell ? [facts(cell, this.type), optionsOf(cell)] : [...nothing, column.rollup ? rollupFacts(column.rollup) : ""];
+    const nothing =
+      this.cursor.strike === null ? [] : [el("p", { class: "hint", text: "Nothing traded here. The whole window:" })];
+    const inside = cell
+      ? [factsOf(cell, this.type), optionsOf(cell)]
+      : [...nothing, column.rollup ? rollupOf(column.rollup) : ""];
     this.details.replaceChildren(el("h3", { text: title }), ...inside);
     if (!this.details.matches(":popover-open")) this.details.showPopover();
     this.#place(columns.indexOf(column));
@@ -456,69 +514,6 @@ class Heatmap {
       const left = canvas.left + layout.left + column * layout.cell;
       box = { left, right: left + layout.cell, top, bottom: top + layout.line };
     }
-    const { offsetWidth: width, offsetHeight: height } = this.details;
-    // Rather beside the whole map than over it.
-    const outside = this.stage.getBoundingClientRect().left - width - 12;
-    const [right, left] = [box.right + 10, outside >= 8 ? outside : box.left - width - 10];
-    const fits = (x) => x >= 8 && x + width <= innerWidth - 8;
-    const across = fits(left) ? left : fits(right) ? right : Math.max(8, Math.min(innerWidth - width - 8, (box.left + box.right - width) / 2));
-    const beside = fits(left) || fits(right);
-    const wanted = beside ? box.top - height / 2 : box.bottom + 10 + height <= innerHeight ? box.bottom + 10 : box.top - height - 10;
-    this.details.style.left = `${across}px`;
-    this.details.style.top = `${Math.max(8, Math.min(innerHeight - height - 8, wanted))}px`;
+    placeBeside(this.details, box, this.stage.getBoundingClientRect().left);
   }
-}
-
-const sideOf = (value) => (value > 0 ? "up" : value < 0 ? "down" : "");
-
-function list(pairs) {
-  return el("dl", { class: "facts" },
-    ...pairs.filter(Boolean).map(([name, value, side]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value, class: side ?? null }))));
-}
-
-function facts(cell, type) {
-  const [up, down] = type === "net" ? ["Bullish", "Bearish"] : ["Bought (ask)", "Sold (bid)"];
-  return list([
-    ["Log ratio", fixed(cell.log, 2, true), sideOf(cell.log)],
-    ["Pressure ratio", cell.ratio === null ? `none ${type === "net" ? "bearish" : "sold"}` : fixed(cell.ratio, 2)],
-    [up, number(cell.up)],
-    [down, number(cell.down)],
-    cell.unknown > 0 ? ["Unknown side", number(cell.unknown)] : null,
-    ["Premium", number(Math.round(cell.premium))],
-    ["Confidence", fixed(cell.confidence, 2)],
-    ["Trades", number(cell.trades)],
-    ["Sweeps", number(cell.sweeps)],
-    ["Blocks", number(cell.blocks)],
-    ["Complete", cell.complete ? "yes" : "no: a gap, or not watched from its start"],
-    ["Revision", String(cell.revision)],
-  ]);
-}
-
-const KINDS = { C: "call", P: "put" };
-
-function optionsOf(cell) {
-  const heads = ["Option", "Ask", "Bid", "IV", "Delta"];
-  return el("table", { class: "plain" },
-    el("caption", { text: cell.rows.length > 1 ? `The ${cell.rows.length} options in it` : "The option" }),
-    el("thead", {}, el("tr", {}, ...heads.map((text, i) => el("th", { scope: "col", text, class: i ? "number" : null })))),
-    el("tbody", {}, ...cell.rows.map((row) => el("tr", {},
-      el("td", { text: `${expiryOf(row.expiration)} ${KINDS[row.option_type] ?? row.option_type}` }),
-      ...[number(row.ask_volume), number(row.bid_volume), row.iv === null ? "–" : `${fixed(row.iv * 100, 1)} %`, fixed(row.delta, 2)]
-        .map((text) => el("td", { class: "number", text })),
-    ))));
-}
-
-function rollupFacts(rollup) {
-  return list([
-    ["Put/call ratio", fixed(rollup.put_call_ratio, 2)],
-    ["Net premium", signed(Math.round(rollup.net_premium)), sideOf(rollup.net_premium)],
-    ["Net of calls", signed(Math.round(rollup.net_call_premium))],
-    ["Net of puts", signed(Math.round(rollup.net_put_premium))],
-    ["Call pressure", fixed(rollup.call_pressure, 2, true)],
-    ["Put pressure", fixed(rollup.put_pressure, 2, true)],
-    ["Premium of all", number(Math.round(rollup.premium))],
-    ["Calls / puts", `${number(rollup.call_volume)} / ${number(rollup.put_volume)}`],
-    ["Options traded", number(rollup.strikes)],
-    ["Trades", number(rollup.total_trades)],
-  ]);
 }

@@ -4,7 +4,10 @@ import { clock, day, known, number, price, signed, when } from "./format.js";
 import { labelOf, spokenOf } from "./timeframes.js";
 
 export class Legend {
-  /** @param {HTMLElement} element @param {import("./market.js").Market} market @param {import("./chart.js").Chart} chart */
+  /**
+   * @param {HTMLElement} element @param {import("./market.js").Market} market
+   * @param {import("./chart.js").Chart} chart
+   */
   constructor(element, market, chart) {
     Object.assign(this, { element, market, chart });
     this.hovered = null;
@@ -73,7 +76,8 @@ export class Legend {
     this.#set("low", price(bar?.low, digits), up);
     this.#set("close", price(bar?.close, digits), up);
     const sign = change > 0 ? "+" : change < 0 ? "−" : "";
-    this.#set("change", change === null ? "" : `${sign}${price(Math.abs(change), digits)}${percent.replace("-", "−")}`, up);
+    const moved = change === null ? "" : `${sign}${price(Math.abs(change), digits)}${percent.replace("-", "−")}`;
+    this.#set("change", moved, up);
     this.#set("volume", number(bar?.volume));
     this.#set("buy", number(bar?.ask_volume));
     this.#set("sell", number(bar?.bid_volume));
@@ -91,8 +95,7 @@ export class Legend {
       return item;
     }));
     Object.assign(this.element.dataset, {
-      at: bar ? String(bar.at) : "", revision: bar ? String(bar.revision) : "", complete: bar ? String(bar.complete) : "",
-      forming: bar ? String(bar.forming) : "",
+      at: bar?.at ?? "", revision: bar?.revision ?? "", complete: bar?.complete ?? "", forming: bar?.forming ?? "",
     });
   }
 
@@ -105,7 +108,7 @@ export class Legend {
   #flag(bar) {
     const flags = [];
     if (bar?.forming) flags.push(["forming", "forming", "Has not closed: put together from live seconds"]);
-    else if (bar) flags.push(["rev", `rev ${bar.revision}`, bar.revision ? "Corrected after it was first written" : "As first written"]);
+    else if (bar) flags.push(["rev", `rev ${bar.revision}`, bar.revision ? "Corrected since it closed" : "As it closed"]);
     if (bar && bar.complete === false) flags.push(["gap", "incomplete", "Something is missing in what was received"]);
     else if (bar && !bar.forming) flags.push(["whole", "complete", "No gap in its window"]);
     this.flags.replaceChildren(...flags.map(([name, text, title]) => {

@@ -19,7 +19,7 @@ const TOO_MANY = 4029;
  */
 
 export class Live extends EventTarget {
-  /** @param {() => Promise<boolean>} allowed whether the server would let this page in, asked when a connection fails */
+  /** @param {() => Promise<boolean>} allowed whether the server lets this page in, asked when a connection fails */
   constructor(allowed = async () => true) {
     super();
     this.state = "connecting";

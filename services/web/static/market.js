@@ -28,6 +28,8 @@ export class Market extends EventTarget {
     this.api = api;
     this.live = live;
     this.extra = [];
+    /** The most rows that the server gives at once. */
+    this.mostRows = 10_000;
     this.bars = new Bars("1m");
     /** @type {Map<number, {at: number, count: number, volume: number, side: string}>} */
     this.big = new Map();
@@ -134,7 +136,7 @@ export class Market extends EventTarget {
     let cursor;
     do {
       const page = await this.api.get("/candles", {
-        symbol: this.symbol, timeframe: this.timeframe, limit: 5000, cursor, ...range,
+        symbol: this.symbol, timeframe: this.timeframe, limit: Math.min(5000, this.mostRows), cursor, ...range,
         columns: [bars.time, "revision", ...missing].join(","),
       }, open.abort.signal);
       for (const row of page.rows) {
@@ -150,7 +152,7 @@ export class Market extends EventTarget {
     const { symbol, timeframe } = this;
     const columns = [...columnsOf(timeframe), ...this.extra];
     const params = {
-      symbol, timeframe, limit, cursor, until: until === undefined ? "" : iso(until),
+      symbol, timeframe, limit: Math.min(limit, this.mostRows), cursor, until: until === undefined ? "" : iso(until),
       columns: [...new Set(columns)].join(","),
     };
     return this.api.get("/candles", params, this.#open.abort.signal);
@@ -229,7 +231,8 @@ export class Market extends EventTarget {
       return;
     }
     const forming = new Forming(timeframe, this.timeframes);
-    const newest = await this.api.get("/candles", { ...ask, channel: "", limit: 1, columns: "time" }, open.abort.signal);
+    const last = { symbol, timeframe: "seconds", limit: 1, columns: "time" };
+    const newest = await this.api.get("/candles", last, open.abort.signal);
     if (open !== this.#open || newest.rows.length === 0) return;
     const at = seconds(newest.rows[0].time);
     if (!(at + 1 <= this.newest)) this.newest = at + 1;
@@ -273,7 +276,7 @@ export class Market extends EventTarget {
     const first = this.bars.first;
     if (!first) return;
     const page = await this.api.get("/big-trades", {
-      symbol: this.symbol, since: iso(startOf(this.timeframe, first.at)), limit: MOST_BIG,
+      symbol: this.symbol, since: iso(startOf(this.timeframe, first.at)), limit: Math.min(MOST_BIG, this.mostRows),
       until: until !== undefined ? iso(until) : this.detached ? iso(this.bars.last.at + this.step) : "",
       columns: "time,big_trades,big_volume,ask_volume,bid_volume",
     }, open.abort.signal);

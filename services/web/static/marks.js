@@ -1,9 +1,14 @@
-/** Marks on the chart in layers: big trades, liquidations, signals. Each is snapped to the candle that holds its time. */
+/**
+ * Marks on the chart in layers: big trades, liquidations, signals. Each is snapped to the candle that holds its time.
+ * Big trades are drawn as bubbles (bubbles.js), all else here.
+ */
 
 import { number } from "./format.js";
 import { startOf, windowOf } from "./timeframes.js";
 
 const MOST = 400;
+/** Of the big trades the largest are labelled: those from this quantile on. */
+const LABELLED = 0.95;
 
 /**
  * `side` buy stands below the candle and points up, sell above it and points down; so the shape tells what the colour
@@ -47,16 +52,22 @@ export class Marks {
     });
   }
 
+  /** The marks of a layer, none while it is hidden. @param {string} layer */
+  visible(layer) {
+    return this.hidden.has(layer) ? [] : (this.layers.get(layer) ?? []);
+  }
+
   #draw() {
     const bars = this.bars();
     const out = [];
-    for (const [layer, marks] of this.layers) {
-      if (this.hidden.has(layer)) continue;
+    for (const layer of this.layers.keys()) {
+      if (layer === "big") continue;
+      const marks = this.visible(layer);
       const snapped = marks.map((mark) => [mark, barOf(bars, mark.time)]).filter(([, bar]) => bar !== undefined);
       for (const [mark, bar] of snapped.slice(-MOST)) out.push(this.#marker(layer, mark, bar));
     }
     out.sort((a, b) => a.time - b.time);
-    this.shown = out.length;
+    this.shown = out.length + this.visible("big").length;
     this.#plugin.setMarkers(out);
   }
 
@@ -69,7 +80,7 @@ export class Marks {
       shape: mark.shape ?? (mark.side === "buy" ? "arrowUp" : mark.side === "sell" ? "arrowDown" : "circle"),
       color: mark.side === "buy" ? up : mark.side === "sell" ? down : muted,
       text: mark.text,
-      size: mark.strong ? 1 : layer === "big" ? 0.5 : 0.8,
+      size: mark.strong ? 1 : 0.8,
     };
   }
 }
@@ -92,17 +103,14 @@ export function bigMarks(market) {
     const bar = barOf(market.bars, big.at);
     if (bar === undefined) continue;
     const key = `${bar.at} ${big.side}`;
-    const sum = sums.get(key) ?? { id: key, time: big.at, side: big.side, count: 0, volume: 0, shape: "circle" };
+    const sum = sums.get(key) ?? { id: key, time: big.at, bar: bar.at, side: big.side, count: 0, volume: 0 };
     sum.count += big.count;
     sum.volume += big.volume;
     sums.set(key, sum);
   }
   const all = [...sums.values()].sort((a, b) => a.time - b.time);
-  const typical = all.map((sum) => sum.volume).sort((a, b) => a - b)[Math.floor(all.length * 0.9)] ?? 0;
-  return all.map((sum) => {
-    const strong = sum.volume >= typical;
-    return { ...sum, strong, text: strong ? number(sum.volume) : undefined };
-  });
+  const large = all.map((sum) => sum.volume).sort((a, b) => a - b)[Math.floor(all.length * LABELLED)] ?? 0;
+  return all.map((sum) => ({ ...sum, text: sum.volume >= large ? number(Math.round(sum.volume)) : undefined }));
 }
 
 /** Liquidations of fixed candles: liquidated longs were sold, shorts bought back. */

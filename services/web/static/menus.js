@@ -5,12 +5,12 @@ import { isTicker, labelOf } from "./timeframes.js";
 
 const KEYS = [
   ["/", "search a symbol"], ["← →", "candle by candle (chart focused)"],
-  ["Shift + ← →", "scroll"], ["+ −", "zoom"], ["Home, End", "oldest loaded, newest"], ["N", "to the newest candle"],
-  ["F", "fit all loaded candles"], ["S", "say the newest candle (screen reader)"], ["T", "table of candles"],
+  ["Shift + ← →", "scroll"], ["+ −", "zoom"], ["Home, End", "oldest loaded, newest"],
+  ["N", "to the newest candle"], ["F", "fit all loaded candles"], ["S", "say the newest candle (screen reader)"], ["T", "table of candles"],
   ["D", "dark or light"], ["P", "panels"], ["?", "this help"], ["Esc", "close; no candle selected"],
 ];
 const SIGNS = [
-  ["● below, above", "big trades of buyers, of sellers; the number is their volume"],
+  ["○ below, above", "big trades of buyers, of sellers; the number is their volume"],
   ["▲ ▼ with text", "a signal: buy, sell"],
   ["■ L, S", "liquidated longs, shorts"],
   ["hatched", "incomplete: something was not received"],
@@ -101,7 +101,8 @@ function choice(name, title, options, now, changed) {
   set.append(text("legend", "", title));
   for (const [value, label] of options) {
     const item = document.createElement("label");
-    const input = Object.assign(document.createElement("input"), { type: "radio", name, value, checked: value === now });
+    const checked = value === now;
+    const input = Object.assign(document.createElement("input"), { type: "radio", name, value, checked });
     input.addEventListener("change", () => changed(value));
     item.append(input, label);
     set.append(item);

@@ -5,7 +5,6 @@ import { recall, remember } from "./store.js";
 const RECENT = 6;
 const LIMIT = 60;
 const TYPING_MS = 120;
-const KINDS = { continuous: "continuous", future: "future", perpetual: "perpetual", spot: "spot", option: "option", spread: "spread" };
 
 export class Picker {
   /**
@@ -188,7 +187,7 @@ function option(one, index) {
   const about = document.createElement("span");
   about.className = "about";
   const until = one.expiration ? ` ${one.expiration.slice(0, 10)}` : "";
-  about.textContent = [`${KINDS[one.kind] ?? one.kind ?? ""}${until}`, one.exchange].filter(Boolean).join(" · ");
+  about.textContent = [`${one.kind ?? ""}${until}`, one.exchange].filter(Boolean).join(" · ");
   item.append(name, about);
   return item;
 }

@@ -12,32 +12,83 @@ const right = (text) => ({ text, class: "number" });
 /** @param {any} now the pipeline's object @returns {DocumentFragment} */
 export function detailsOf(now) {
   const out = document.createDocumentFragment();
-  const troubles = [["Redis", now.redis], ["Store", now.store]].filter(([, said]) => said && said !== "ok");
+  const troubles = [
+    ["Redis", now.redis],
+    ["Store", now.store],
+  ].filter(([, said]) => said && said !== "ok");
   for (const [name, said] of troubles) out.append(el("p", { class: "trouble" }, el("b", { text: `${name}: ` }), said));
   out.append(
-    table("pipeline-feeds", "Feeds", [left("Feed"), left("State"), right("Newest event"), left("Detail")],
+    table(
+      "pipeline-feeds",
+      "Feeds",
+      [left("Feed"), left("State"), right("Newest event"), left("Detail")],
       now.feeds.map((feed) => [
-        feed.feed, mark(feedState(feed), feed.silent ? `silent (${feed.state})` : feed.state),
-        feed.watermark_age_seconds === null ? "–" : `${lasting(feed.watermark_age_seconds)} ago`, feed.detail || "–",
-      ])),
-    table("pipeline-streams", "Streams", [left("Stream"), right("Records/s"), right("Records"), right("Held"), right("MiB"), right("Lag"), right("Behind"), left("Slowest")],
+        feed.feed,
+        mark(feedState(feed), feed.silent ? `silent (${feed.state})` : feed.state),
+        feed.watermark_age_seconds === null ? "–" : `${lasting(feed.watermark_age_seconds)} ago`,
+        feed.detail || "–",
+      ]),
+    ),
+    table(
+      "pipeline-streams",
+      "Streams",
+      [
+        left("Stream"),
+        right("Records/s"),
+        right("Records"),
+        right("Held"),
+        right("MiB"),
+        right("Lag"),
+        right("Behind"),
+        left("Slowest"),
+      ],
       now.streams.map((stream) => [
-        stream.topic, stream.records_per_second === null ? "–" : number(Math.round(stream.records_per_second)), number(stream.records),
-        number(stream.entries), fixed(stream.bytes / 2 ** 20, 1), lasting(stream.lag_seconds), number(stream.lag_records), stream.slowest ?? "–",
-      ])),
-    table("pipeline-workers", "Workers", [left("Worker"), left("Service"), left("State"), right("Heard"), left("Partitions")],
+        stream.topic,
+        stream.records_per_second === null ? "–" : number(Math.round(stream.records_per_second)),
+        number(stream.records),
+        number(stream.entries),
+        fixed(stream.bytes / 2 ** 20, 1),
+        lasting(stream.lag_seconds),
+        number(stream.lag_records),
+        stream.slowest ?? "–",
+      ]),
+    ),
+    table(
+      "pipeline-workers",
+      "Workers",
+      [left("Worker"), left("Service"), left("State"), right("Heard"), left("Partitions")],
       now.workers.map((worker) => [
-        worker.worker, worker.service, mark(worker.alive ? "ok" : "bad", worker.alive ? "alive" : "dead"), `${span(worker.age_seconds)} ago`,
+        worker.worker,
+        worker.service,
+        mark(worker.alive ? "ok" : "bad", worker.alive ? "alive" : "dead"),
+        `${span(worker.age_seconds)} ago`,
         partitionsOf(worker.partitions),
-      ])),
-    table("pipeline-counters", "Counters", [left("Stage"), left("What"), right("Records")],
-      Object.entries(now.counters).flatMap(([stage, counts]) => Object.entries(counts).map(([name, value]) => [stage, name.replaceAll("_", " "), number(value)]))),
+      ]),
+    ),
+    table(
+      "pipeline-counters",
+      "Counters",
+      [left("Stage"), left("What"), right("Records")],
+      Object.entries(now.counters).flatMap(([stage, counts]) =>
+        Object.entries(counts).map(([name, value]) => [stage, name.replaceAll("_", " "), number(value)]),
+      ),
+    ),
   );
   if (now.usage.length) {
-    out.append(table("pipeline-usage", "Cost today", [left("Feed"), left("State"), right("Cost"), right("Budget"), right("MiB")],
-      now.usage.map((row) => [
-        row.feed, row.state, `$${row.cost_usd.toFixed(4)}`, row.budget_usd ? `$${number(row.budget_usd)}` : "none", fixed(row.bytes / 2 ** 20, 1),
-      ])));
+    out.append(
+      table(
+        "pipeline-usage",
+        "Cost today",
+        [left("Feed"), left("State"), right("Cost"), right("Budget"), right("MiB")],
+        now.usage.map((row) => [
+          row.feed,
+          row.state,
+          `$${row.cost_usd.toFixed(4)}`,
+          row.budget_usd ? `$${number(row.budget_usd)}` : "none",
+          fixed(row.bytes / 2 ** 20, 1),
+        ]),
+      ),
+    );
   }
   return out;
 }

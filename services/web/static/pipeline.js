@@ -21,13 +21,27 @@ export function mount(element, app) {
   const chips = new Map(CHIPS.map(([name, title]) => [name, chipOf(name, title)]));
   const overall = el("b", { class: "overall" });
   const summary = el("span", { class: "overall-words" });
-  const details = el("div", { class: "pipeline-details", id: "pipeline-details", "data-testid": "pipeline-details", hidden: true });
-  const toggle = el("button", {
-    type: "button", class: "strip", "data-testid": "pipeline-toggle", "aria-controls": "pipeline-details", on: { click: () => open(details.hidden) },
-  },
-    el("span", { class: "sr", text: "Pipeline: " }), overall, summary,
+  const details = el("div", {
+    class: "pipeline-details",
+    id: "pipeline-details",
+    "data-testid": "pipeline-details",
+    hidden: true,
+  });
+  const toggle = el(
+    "button",
+    {
+      type: "button",
+      class: "strip",
+      "data-testid": "pipeline-toggle",
+      "aria-controls": "pipeline-details",
+      on: { click: () => open(details.hidden) },
+    },
+    el("span", { class: "sr", text: "Pipeline: " }),
+    overall,
+    summary,
     ...[...chips.values()].map((chip) => chip.node),
-    el("span", { class: "chevron", "aria-hidden": "true" }));
+    el("span", { class: "chevron", "aria-hidden": "true" }),
+  );
   element.dataset.testid = "pipeline-strip";
   element.append(toggle, details);
   let heard = performance.now();
@@ -51,7 +65,11 @@ export function mount(element, app) {
     put(overall, "text", ICONS[state] ?? "");
     put(overall, "class", `overall ${state}`);
     const words = {
-      ok: "All well", rest: "At rest", warn: "Look here", bad: "Trouble", waiting: "Waiting for the pipeline",
+      ok: "All well",
+      rest: "At rest",
+      warn: "Look here",
+      bad: "Trouble",
+      waiting: "Waiting for the pipeline",
       stale: `Old: nothing heard for ${span(age)}`,
     }[state];
     put(summary, "text", words);
@@ -66,7 +84,10 @@ export function mount(element, app) {
 
   function fillDetails(now) {
     const focused = details.querySelector(":focus")?.getAttribute("aria-label");
-    const tops = [...details.querySelectorAll(".scroll")].map((node) => [node.getAttribute("aria-label"), node.scrollLeft]);
+    const tops = [...details.querySelectorAll(".scroll")].map((node) => [
+      node.getAttribute("aria-label"),
+      node.scrollLeft,
+    ]);
     details.replaceChildren(detailsOf(now));
     for (const [label, left] of tops) {
       const node = details.querySelector(`.scroll[aria-label="${CSS.escape(label)}"]`);
@@ -104,7 +125,15 @@ function chipOf(name, title) {
   const icon = el("i", { "aria-hidden": "true" });
   const value = el("span", { class: "value" });
   const meter = el("span", { class: "meter", "aria-hidden": "true", hidden: true }, el("i"));
-  const node = el("span", { class: "chip", "data-testid": `chip-${name}` }, icon, el("span", { class: "name", text: title }), " ", value, meter);
+  const node = el(
+    "span",
+    { class: "chip", "data-testid": `chip-${name}` },
+    icon,
+    el("span", { class: "name", text: title }),
+    " ",
+    value,
+    meter,
+  );
   return {
     node,
     /** @param {import("./pipeline-chips.js").Chip} found */

@@ -15,7 +15,7 @@ const FONT = "11px system-ui, sans-serif";
 /** Where everything goes, in CSS pixels. @returns {Layout} */
 export function layoutOf(width, columns, strikes) {
   const narrow = width < 520;
-  const left = narrow ? 46 : 58;
+  const left = narrow ? 52 : 66;
   const right = narrow ? 6 : 60;
   const room = Math.max(40, width - left - right);
   const cell = Math.min(room / Math.max(1, columns), narrow ? 30 : 44);
@@ -29,7 +29,7 @@ export function layoutOf(width, columns, strikes) {
 /** How many windows fit. */
 export const columnsThatFit = (width) => {
   const narrow = width < 520;
-  return Math.max(4, Math.floor((width - (narrow ? 52 : 118)) / (narrow ? 16 : 22)));
+  return Math.max(4, Math.floor((width - (narrow ? 58 : 126)) / (narrow ? 16 : 22)));
 };
 
 /** The place under a point, or null. */
@@ -135,7 +135,11 @@ export function draw(canvas, what) {
   columns.forEach((column, i) => {
     if (column.complete) return;
     g.fillStyle = broken;
-    for (const [top, height] of [[layout.lanes.ratio, LANE], [layout.lanes.net, LANE], [layout.top, bottom - layout.top]]) {
+    for (const [top, height] of [
+      [layout.lanes.ratio, LANE],
+      [layout.lanes.net, LANE],
+      [layout.top, bottom - layout.top],
+    ]) {
       g.fillRect(x(i), top, layout.cell, height);
     }
   });
@@ -156,7 +160,10 @@ function drawCells(g, { columns, strikes, cells, measure, colours: c, layout }, 
       if (cell) shown.push([i, row, cell]);
     });
   });
-  const full = fullWeight(shown.map(([, , cell]) => cell), measure);
+  const full = fullWeight(
+    shown.map(([, , cell]) => cell),
+    measure,
+  );
   const slash = hatch(g, c.panel);
   for (const [i, row, cell] of shown) {
     const [left, top] = [x(i) + 0.5, layout.top + row * layout.line + 0.5];
@@ -279,7 +286,12 @@ function drawAxis(g, { columns, colours: c, layout }, x, bottom) {
       g.stroke();
       g.setLineDash([]);
     }
-    if (column.newDay) label(i, `${dayOf(column.time)} ${layout.cell * columns.length > 300 ? minuteOf(column.time) : ""}`.trim(), c.text);
+    if (column.newDay)
+      label(
+        i,
+        `${dayOf(column.time)} ${layout.cell * columns.length > 300 ? minuteOf(column.time) : ""}`.trim(),
+        c.text,
+      );
   });
   const step = Math.max(1, Math.ceil(48 / layout.cell));
   columns.forEach((column, i) => {
@@ -300,7 +312,10 @@ function drawPrice(g, { columns, strikes, colours: c, layout }, x) {
     pieces.at(-1).push([x(i) + layout.cell / 2, last.y]);
   });
   g.lineJoin = g.lineCap = "round";
-  for (const [colour, width] of [[c.panel, 5], [c.text, 2]]) {
+  for (const [colour, width] of [
+    [c.panel, 5],
+    [c.text, 2],
+  ]) {
     g.strokeStyle = g.fillStyle = colour;
     g.lineWidth = width;
     for (const points of pieces) {

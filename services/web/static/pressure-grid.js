@@ -118,7 +118,11 @@ export function gridOf(book, show) {
   }
   for (const cell of cells.values()) sum(cell, show.type === "net");
   const times = [...book.windows.keys()].filter((time) => time !== book.cut).sort();
-  return { columns: columnsOf(times, length, book, prices, broken), strikes: [...strikes].sort((a, b) => b - a), cells };
+  return {
+    columns: columnsOf(times, length, book, prices, broken),
+    strikes: [...strikes].sort((a, b) => b - a),
+    cells,
+  };
 }
 
 /** Adds up the rows of a cell. */
@@ -126,7 +130,15 @@ function sum(cell, net) {
   const order = (row) => `${row.expiration}${row.option_type}`;
   cell.rows.sort((a, b) => (order(a) < order(b) ? -1 : 1));
   Object.assign(cell, {
-    up: 0, down: 0, unknown: 0, premium: 0, trades: 0, sweeps: 0, blocks: 0, complete: true, revision: 0,
+    up: 0,
+    down: 0,
+    unknown: 0,
+    premium: 0,
+    trades: 0,
+    sweeps: 0,
+    blocks: 0,
+    complete: true,
+    revision: 0,
   });
   for (const row of cell.rows) {
     const fall = net && row.option_type === "P";
@@ -158,7 +170,12 @@ function columnsOf(times, length, book, prices, broken) {
     price = rollup?.underlying_price ?? prices.get(time) ?? price;
     const before = columns.at(-1)?.time;
     columns.push({
-      time, end: iso(seconds(time) + length), rollup, price, silent, afterBreak,
+      time,
+      end: iso(seconds(time) + length),
+      rollup,
+      price,
+      silent,
+      afterBreak,
       complete: !broken.has(time) && (rollup?.complete ?? true),
       newDay: before === undefined || before.slice(0, 10) !== time.slice(0, 10),
     });

@@ -4,7 +4,12 @@ import { at, cellWords } from "./pressure-grid.js";
 import { dayOf, el, fixed, minuteOf, strikeText } from "./elements.js";
 
 const MOVES = {
-  ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], PageUp: [-5, 0], PageDown: [5, 0],
+  ArrowLeft: [0, -1],
+  ArrowRight: [0, 1],
+  ArrowUp: [-1, 0],
+  ArrowDown: [1, 0],
+  PageUp: [-5, 0],
+  PageDown: [5, 0],
 };
 
 /**
@@ -14,32 +19,49 @@ const MOVES = {
  */
 export function tableOf({ columns, strikes, cells, type, caption, chosen, left }) {
   const heads = columns.map((column, i) =>
-    el("th", { scope: "col", class: column.complete ? null : "broken" },
+    el(
+      "th",
+      { scope: "col", class: column.complete ? null : "broken" },
       i === 0 || column.newDay ? el("span", { class: "day", text: dayOf(column.time) }) : null,
       el("span", { text: minuteOf(column.time) }),
-      column.complete ? null : el("span", { class: "sr", text: " incomplete" })),
+      column.complete ? null : el("span", { class: "sr", text: " incomplete" }),
+    ),
   );
   const rollups = [
     ["Put/call", (rollup) => fixed(rollup.put_call_ratio, 2)],
     ["Net premium", (rollup) => fixed(rollup.net_premium / 1000, 0, true) + "k"],
   ].map(([name, tell]) =>
-    el("tr", { class: "rollup" }, el("th", { scope: "row", text: name }),
-      ...columns.map((column) => el("td", { text: column.rollup ? tell(column.rollup) : "" }))),
+    el(
+      "tr",
+      { class: "rollup" },
+      el("th", { scope: "row", text: name }),
+      ...columns.map((column) => el("td", { text: column.rollup ? tell(column.rollup) : "" })),
+    ),
   );
   const body = strikes.map((strike, row) =>
-    el("tr", {}, el("th", { scope: "row", text: strikeText(strike) }),
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row", text: strikeText(strike) }),
       ...columns.map((column, i) => {
         const cell = cells.get(at(column.time, strike));
         return el("td", {
           class: cell ? `cell ${cell.complete ? "" : "broken"} ${leaning(cell.log)}` : "cell",
           text: cell ? fixed(cell.log, 1, true) : "",
-          tabindex: "-1", "data-time": column.time, "data-strike": strike, "data-column": i, "data-row": row,
+          tabindex: "-1",
+          "data-time": column.time,
+          "data-strike": strike,
+          "data-column": i,
+          "data-row": row,
           "aria-label": cell ? cellWords(cell, type) : "nothing traded",
         });
-      })),
+      }),
+    ),
   );
-  const found = el("table", { role: "grid", class: "pressure-table", "data-testid": "heatmap-table" },
-    el("caption", { text: caption }),
+  const found = el(
+    "table",
+    { role: "grid", class: "pressure-table", "data-testid": "heatmap-table" },
+    el("caption", {}, el("span", { class: "sr", text: caption })),
     el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "Strike" }), ...heads)),
     el("tbody", {}, ...rollups, ...body),
   );

@@ -63,19 +63,53 @@ export function whyOf(signal) {
   const parts = PARTS.filter(([name]) => known(signal[name]));
   const baseline = BASELINES[signal.baseline]?.(number(signal.baseline_size));
   const how = formula(signal);
-  return el("div", { class: "why", "data-testid": "signal-why" },
-    signal.reason ? el("p", { class: "reason" }, el("b", { text: `${capital(signal.status)}: ` }), signal.reason) : null,
+  return el(
+    "div",
+    { class: "why", "data-testid": "signal-why" },
+    signal.reason
+      ? el("p", { class: "reason" }, el("b", { text: `${capital(signal.status)}: ` }), signal.reason)
+      : null,
     baseline ? el("p", { text: baseline }) : null,
-    el("dl", { class: "facts" }, ...facts.map(([name, value, wide]) => el("div", { class: wide ?? null }, el("dt", { text: name }), el("dd", { text: value })))),
+    el(
+      "dl",
+      { class: "facts" },
+      ...facts.map(([name, value, wide]) =>
+        el("div", { class: wide ?? null }, el("dt", { text: name }), el("dd", { text: value })),
+      ),
+    ),
     how ? el("p", { class: "formula" }, el("b", { text: "Score " }), how) : null,
     parts.length
-      ? el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Components of the score" },
-          el("table", { class: "plain components" },
-            el("thead", { class: "sr" }, el("tr", {}, ...["Component", "Value", "Meaning"].map((text) => el("th", { scope: "col", text })))),
-            el("tbody", {}, ...parts.map(([name, share, digits, meaning]) => el("tr", { "data-component": name },
-              el("th", { scope: "row", text: words(name) }),
-              el("td", { class: "number" }, share ? bar(signal[name]) : null, el("span", { text: fixed(signal[name], digits) })),
-              el("td", { class: "meaning", text: meaning }))))))
+      ? el(
+          "div",
+          { class: "scroll", tabindex: "0", role: "group", "aria-label": "Components of the score" },
+          el(
+            "table",
+            { class: "plain components" },
+            el(
+              "thead",
+              { class: "sr" },
+              el("tr", {}, ...["Component", "Value", "Meaning"].map((text) => el("th", { scope: "col", text }))),
+            ),
+            el(
+              "tbody",
+              {},
+              ...parts.map(([name, share, digits, meaning]) =>
+                el(
+                  "tr",
+                  { "data-component": name },
+                  el("th", { scope: "row", text: words(name) }),
+                  el(
+                    "td",
+                    { class: "number" },
+                    share ? bar(signal[name]) : null,
+                    el("span", { text: fixed(signal[name], digits) }),
+                  ),
+                  el("td", { class: "meaning", text: meaning }),
+                ),
+              ),
+            ),
+          ),
+        )
       : el("p", { class: "hint", text: "This source does not tell its components." }),
   );
 }

@@ -6,9 +6,10 @@
  */
 
 import { alertsOf } from "./alerts.js";
-import { choice, dayOf, el, expiryOf, fixed, minuteOf, put, soon, strikeText } from "./elements.js";
-import { clock, iso, seconds } from "./format.js";
-import { capital, whyOf } from "./signal-why.js";
+import { choice, el, put, soon, strikeText } from "./elements.js";
+import { iso, seconds } from "./format.js";
+import { contract, endOf, itemOf, title, words } from "./signal-item.js";
+import { capital } from "./signal-why.js";
 import { recall, remember } from "./store.js";
 
 const HISTORY = 500;
@@ -19,17 +20,23 @@ const ACKS_MS = 20_000;
 const GRADES = ["EXTREME", "VERY_HIGH", "HIGH", "MODERATE", "LOW"];
 const STRONG = ["EXTREME", "VERY_HIGH"];
 const STATUSES = {
-  emitted: ["emitted"], watched: ["emitted", "monitor"], monitor: ["monitor"], rejected: ["rejected"], withdrawn: ["withdrawn"],
+  emitted: ["emitted"],
+  watched: ["emitted", "monitor"],
+  monitor: ["monitor"],
+  rejected: ["rejected"],
+  withdrawn: ["withdrawn"],
 };
 const STATUS_CHOICES = [
-  ["watched", "Emitted + monitor"], ["emitted", "Emitted"], ["monitor", "Monitor"], ["rejected", "Rejected"],
-  ["withdrawn", "Withdrawn"], ["", "Any status"],
+  ["watched", "Emitted + monitor"],
+  ["emitted", "Emitted"],
+  ["monitor", "Monitor"],
+  ["rejected", "Rejected"],
+  ["withdrawn", "Withdrawn"],
+  ["", "Any status"],
 ];
-const STATUS_ICONS = { emitted: "●", monitor: "◐", rejected: "✕", withdrawn: "↺" };
 const KEY = ["underlying", "expiration", "strike", "option_type", "time_window", "source"];
 
 const keyOf = (signal) => KEY.map((name) => signal[name]).join("|");
-const words = (text) => text.toLowerCase().replaceAll("_", " ");
 
 /** @param {HTMLElement} element @param {any} app */
 export function mount(element, app) {
@@ -55,7 +62,10 @@ class Signals {
     app.state.addEventListener("symbol", () => (this.#mark(), this.render()));
     app.state.addEventListener("connection", this.render);
     app.state.addEventListener("mark", (event) => event.detail.layer === "signals" && this.show(event.detail.id));
-    setInterval(() => document.visibilityState === "visible" && app.state.connection === "live" && this.#readAcks(), ACKS_MS);
+    setInterval(
+      () => document.visibilityState === "visible" && app.state.connection === "live" && this.#readAcks(),
+      ACKS_MS,
+    );
     this.#readAcks();
   }
 
@@ -67,45 +77,100 @@ class Signals {
       this.most = PAGE;
       this.render();
     };
-    const grades = [["", "Any grade"], ...GRADES.slice(0, -1).map((grade) => [grade, grade === "EXTREME" ? "Extreme" : `${capital(words(grade))} +`])];
+    const grades = [
+      ["", "Any grade"],
+      ...GRADES.slice(0, -1).map((grade) => [grade, grade === "EXTREME" ? "Extreme" : `${capital(words(grade))} +`]),
+    ];
     const status = choice("Status", "signals-status", STATUS_CHOICES, this.filter.status, set("status"));
     const grade = choice("Grade", "signals-grade", grades, this.filter.grade, set("grade"));
-    const scope = choice("Of", "signals-scope", [["", "All symbols"], ["chosen", "This symbol"]], this.filter.scope, set("scope"));
+    const scope = choice(
+      "Of",
+      "signals-scope",
+      [
+        ["", "All symbols"],
+        ["chosen", "This symbol"],
+      ],
+      this.filter.scope,
+      set("scope"),
+    );
     this.by = el("input", {
-      type: "text", "data-testid": "signals-by", maxlength: "60", size: "10", autocomplete: "nickname", spellcheck: "false",
-      placeholder: "your name", on: { change: () => remember("signals.by", this.by.value.trim()) },
+      type: "text",
+      "data-testid": "signals-by",
+      maxlength: "60",
+      size: "10",
+      autocomplete: "nickname",
+      spellcheck: "false",
+      placeholder: "your name",
+      on: { change: () => remember("signals.by", this.by.value.trim()) },
     });
     this.by.value = recall("signals.by", "") || "";
     this.count = el("span", { class: "count", "data-testid": "signals-count" });
     this.notice = el("p", { class: "notice", role: "status", hidden: true, "data-testid": "signals-notice" });
-    this.list = el("ol", { class: "signal-list", "data-testid": "signals-list", "aria-label": "Signals, newest first", on: { keydown: (event) => this.#key(event) } });
+    this.list = el("ol", {
+      class: "signal-list",
+      "data-testid": "signals-list",
+      "aria-label": "Signals, newest first",
+      on: { keydown: (event) => this.#key(event) },
+    });
     this.empty = el("p", { class: "empty", "data-testid": "signals-empty", hidden: true });
-    this.more = el("button", { type: "button", class: "small more", hidden: true, "data-testid": "signals-more", text: "Show more", on: { click: () => this.#more() } });
+    this.more = el("button", {
+      type: "button",
+      class: "small more",
+      hidden: true,
+      "data-testid": "signals-more",
+      text: "Show more",
+      on: { click: () => this.#more() },
+    });
     this.alerts = alertsOf(this.app, () => this.#name());
     element.append(
-      el("div", { class: "controls" }, el("h2", {}, "Signals ", this.count),
-        el("label", { class: "field group" }, el("span", { text: "Acknowledge as" }), this.by)),
+      el(
+        "div",
+        { class: "controls" },
+        el("h2", {}, "Signals ", this.count),
+        el("label", { class: "field group" }, el("span", { text: "Acknowledge as" }), this.by),
+      ),
       el("div", { class: "controls" }, status.label, grade.label, scope.label),
       this.alerts.element,
       this.notice,
       el("div", { class: "signal-scroll" }, this.list, this.empty, this.more),
-      el("p", { class: "hint keyhelp" }, el("kbd", { text: "j" }), " ", el("kbd", { text: "k" }), " move, ", el("kbd", { text: "Enter" }),
-        " why, ", el("kbd", { text: "c" }), " chart, ", el("kbd", { text: "a" }), " acknowledge"),
+      el(
+        "p",
+        { class: "hint keyhelp" },
+        el("kbd", { text: "j" }),
+        " ",
+        el("kbd", { text: "k" }),
+        " move, ",
+        el("kbd", { text: "Enter" }),
+        " why, ",
+        el("kbd", { text: "c" }),
+        " chart, ",
+        el("kbd", { text: "a" }),
+        " acknowledge",
+      ),
     );
   }
 
   #subscribe() {
-    this.app.live.subscribe({ channel: "signals", symbol: "", history: HISTORY }, {
-      snapshot: (rows) => {
-        this.held.clear();
-        this.ready = true;
-        this.message = "";
-        this.#put(rows);
+    this.app.live.subscribe(
+      { channel: "signals", symbol: "", history: HISTORY },
+      {
+        snapshot: (rows) => {
+          this.held.clear();
+          this.ready = true;
+          this.message = "";
+          this.#put(rows);
+        },
+        rows: (rows) => this.#tell(this.#put(rows)),
+        notice: ({ code, message }) => {
+          this.message = code === "waiting" ? message : "";
+          this.render();
+        },
+        error: ({ message }) => {
+          this.message = message;
+          this.render();
+        },
       },
-      rows: (rows) => this.#tell(this.#put(rows)),
-      notice: ({ code, message }) => { this.message = code === "waiting" ? message : ""; this.render(); },
-      error: ({ message }) => { this.message = message; this.render(); },
-    });
+    );
   }
 
   /** Takes rows; returns the emitted ones that were not known before. */
@@ -128,7 +193,8 @@ class Signals {
   }
 
   #tell(fresh) {
-    if (fresh.length === 1) this.app.announce(`New signal: ${title(fresh[0])}, ${fresh[0].direction}, ${words(fresh[0].grade)}`);
+    if (fresh.length === 1)
+      this.app.announce(`New signal: ${title(fresh[0])}, ${fresh[0].direction}, ${words(fresh[0].grade)}`);
     else if (fresh.length) this.app.announce(`${fresh.length} new signals`);
     if (fresh.length) this.alerts.refresh();
   }
@@ -201,10 +267,19 @@ class Signals {
     const rest = found.length - shown.length;
     this.more.hidden = !rest && (!this.ready || this.held.size === 0 || this.exhausted === this.#asked());
     put(this.more, "text", rest ? `Show more (${rest})` : "Look for older ones");
-    put(this.count, "text", found.length === this.held.size ? `${found.length}` : `${found.length} of ${this.held.size}`);
+    put(
+      this.count,
+      "text",
+      found.length === this.held.size ? `${found.length}` : `${found.length} of ${this.held.size}`,
+    );
     this.empty.hidden = found.length > 0;
     put(this.empty, "text", this.#nothing());
-    const words = this.ready && this.app.state.connection !== "live" ? "Not connected: newer signals may be missing." : this.ready ? this.message : "";
+    const words =
+      this.ready && this.app.state.connection !== "live"
+        ? "Not connected: newer signals may be missing."
+        : this.ready
+          ? this.message
+          : "";
     this.notice.hidden = !words;
     put(this.notice, "text", words);
     for (const select of ["status", "grade", "scope"]) {
@@ -233,7 +308,11 @@ class Signals {
     try {
       // The oldest window again: it may have been cut.
       const until = iso(seconds(oldest) + 1);
-      const page = await this.app.api.get("/signals", { until: asked === "all" ? until : null, status: asked === "all" ? null : asked, limit: OLDER });
+      const page = await this.app.api.get("/signals", {
+        until: asked === "all" ? until : null,
+        status: asked === "all" ? null : asked,
+        limit: OLDER,
+      });
       const before = this.held.size;
       this.#put(page.rows);
       if (!page.next || this.held.size === before) this.exhausted = asked;
@@ -252,47 +331,21 @@ class Signals {
   /** The element of a signal, made anew only when something about it changed. */
   #item(key, row) {
     const ack = this.acks.get(key);
-    const state = `${row.revision}|${row.status}|${ack?.by ?? ""}`;
-    const before = this.items.get(key);
-    if (before?.state === state && before.open === this.open.has(key)) return before;
-    const focused = before && before.li.contains(document.activeElement) ? document.activeElement.dataset.testid : "";
-    const item = before ?? { li: el("li", { class: "signal", "data-testid": "signal", "data-key": key }) };
-    Object.assign(item, { state, open: this.open.has(key) });
-    Object.assign(item.li.dataset, {
-      status: row.status, grade: row.grade, underlying: row.underlying, direction: row.direction, acked: String(Boolean(ack)),
-      today: String(row.time_window.slice(0, 10) === iso(this.app.state.now()).slice(0, 10)),
-    });
-    const buy = row.direction === "BUY";
-    const bar = el("i");
-    bar.style.width = `${Math.max(0, Math.min(1, row.score)) * 100}%`;
-    item.toggle = el("button", {
-      type: "button", class: "toggle", tabindex: before?.toggle.tabIndex ?? "-1", "aria-expanded": String(item.open), "data-testid": "signal-toggle",
-      on: {
-        click: () => this.#toggle(key, row),
-        focus: () => {
-          for (const other of this.list.querySelectorAll('button.toggle[tabindex="0"]')) other.tabIndex = -1;
-          item.toggle.tabIndex = 0;
-        },
+    const [open, before] = [this.open.has(key), this.items.get(key)];
+    const today = row.time_window.slice(0, 10) === iso(this.app.state.now()).slice(0, 10);
+    const state = [row.revision, row.status, ack?.by, open, today].join("|");
+    if (before?.state === state) return before;
+    const act = {
+      toggle: () => this.#toggle(key, row),
+      focus: (toggle) => {
+        for (const other of this.list.querySelectorAll('button.toggle[tabindex="0"]')) other.tabIndex = -1;
+        toggle.tabIndex = 0;
       },
-    },
-      el("span", { class: "time" }, el("span", { class: "date", text: `${dayOf(row.time_window)} ` }), minuteOf(row.time_window)),
-      el("span", { class: "option" }, el("b", { text: row.underlying }), ` ${contract(row)}`),
-      el("span", { class: `dir ${buy ? "up" : "down"}`, text: buy ? "▲ BUY" : "▼ SELL" }),
-      el("span", { class: `grade ${row.grade.toLowerCase()}`, text: words(row.grade) }),
-      el("span", { class: "score" }, el("span", { class: "sr", text: "score " }), el("span", { text: fixed(row.score, 2) }), el("span", { class: "gauge", "aria-hidden": "true" }, bar)),
-      el("span", { class: `status ${row.status}` }, el("i", { "aria-hidden": "true", text: STATUS_ICONS[row.status] ?? "" }), ` ${row.status}`),
-    );
-    const done = ack
-      ? el("span", { class: "acked", title: ackWords(ack) }, el("i", { "aria-hidden": "true", text: "✓ " }), el("span", { class: "sr", text: "acknowledged by " }), ack.by)
-      : el("button", { type: "button", class: "small", "data-testid": "signal-ack", "aria-label": `Acknowledge ${title(row)}`, text: "Ack", on: { click: () => this.#acknowledge(key, row) } });
-    item.li.replaceChildren(el("div", { class: "line" }, item.toggle, done));
-    if (item.open) {
-      item.li.append(whyOf(row), el("div", { class: "actions" },
-        el("button", { type: "button", class: "small", "data-testid": "signal-chart", text: "Show on the chart", on: { click: () => this.#chart(row) } }),
-        ack ? el("span", { class: "hint", text: ackWords(ack) }) : null));
-    }
+      acknowledge: () => this.#acknowledge(key, row),
+      chart: () => this.#chart(row),
+    };
+    const item = { state, ...itemOf({ key, row, ack, today, open }, act, before) };
     this.items.set(key, item);
-    if (focused) (item.li.querySelector(`[data-testid="${focused}"]`) ?? item.toggle).focus();
     return item;
   }
 
@@ -350,7 +403,12 @@ class Signals {
     const li = event.target.closest("li.signal");
     if (!li || event.ctrlKey || event.metaKey || event.altKey) return;
     const row = this.held.get(li.dataset.key);
-    const to = { j: li.nextElementSibling, ArrowDown: li.nextElementSibling, k: li.previousElementSibling, ArrowUp: li.previousElementSibling }[event.key];
+    const to = {
+      j: li.nextElementSibling,
+      ArrowDown: li.nextElementSibling,
+      k: li.previousElementSibling,
+      ArrowUp: li.previousElementSibling,
+    }[event.key];
     if (to) to.querySelector("button.toggle").focus();
     else if (event.key === "a" && row && !this.acks.has(li.dataset.key)) this.#acknowledge(li.dataset.key, row);
     else if (event.key === "c" && row) this.#chart(row);
@@ -360,17 +418,9 @@ class Signals {
   }
 }
 
-const endOf = (row) => seconds(row.time_window) + row.window_seconds;
-
 const newestFirst = (a, b) =>
-  a.time_window !== b.time_window ? (a.time_window < b.time_window ? 1 : -1) : b.score - a.score || (keyOf(a) < keyOf(b) ? -1 : 1);
-
-/** The option in few characters, `5100 P 27 Nov 26`; a plug-in's may be of none. */
-const contract = (row) => (row.option_type ? `${strikeText(row.strike)} ${row.option_type} ${expiryOf(row.expiration)}` : row.source);
-
-const title = (row) => `${row.underlying} ${contract(row)} ${minuteOf(row.time_window)}`;
-
-function ackWords(ack) {
-  const at = typeof ack.at === "number" ? ack.at / 1000 : seconds(ack.at);
-  return `acknowledged by ${ack.by} at ${clock(at)} UTC`;
-}
+  a.time_window !== b.time_window
+    ? a.time_window < b.time_window
+      ? 1
+      : -1
+    : b.score - a.score || (keyOf(a) < keyOf(b) ? -1 : 1);

@@ -13,6 +13,8 @@ export class State extends EventTarget {
     this.connection = "connecting";
     /** @type {Record<string, any> | null} */
     this.pipeline = null;
+    /** When the pipeline was last heard of, this machine's ms. */
+    this.heardAt = 0;
     /** @type {Record<string, any> | null} */
     this.meta = null;
   }
@@ -26,6 +28,7 @@ export class State extends EventTarget {
 
   /** @param {Record<string, any>} pipeline */
   setPipeline(pipeline) {
+    this.heardAt = Date.now();
     this.pipeline = pipeline;
     const at = Date.parse(pipeline.time) / 1000;
     if (Number.isFinite(at)) this.#ahead = at - Date.now() / 1000;
@@ -41,10 +44,15 @@ export class State extends EventTarget {
 export function asked() {
   const query = new URLSearchParams(location.search);
   const last = recall("last", {}) ?? {};
-  return { symbol: query.get("symbol") ?? last.symbol ?? "", timeframe: query.get("timeframe") ?? last.timeframe ?? "" };
+  return {
+    symbol: query.get("symbol") ?? last.symbol ?? "", timeframe: query.get("timeframe") ?? last.timeframe ?? "",
+  };
 }
 
-/** @param {string} symbol @param {string} timeframe @param {string} theme "" leaves it out @param {boolean} step a new entry of the history */
+/**
+ * @param {string} symbol @param {string} timeframe @param {string} theme "" leaves it out
+ * @param {boolean} step whether it is a new entry of the history
+ */
 export function place(symbol, timeframe, theme, step) {
   const query = new URLSearchParams({ symbol, timeframe });
   if (theme) query.set("theme", theme);

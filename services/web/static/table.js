@@ -9,7 +9,10 @@ const HEADS = [
 ];
 
 export class Table {
-  /** @param {HTMLElement} element @param {import("./market.js").Market} market @param {import("./chart.js").Chart} chart */
+  /**
+   * @param {HTMLElement} element @param {import("./market.js").Market} market
+   * @param {import("./chart.js").Chart} chart
+   */
   constructor(element, market, chart) {
     Object.assign(this, { element, market, chart });
     for (const name of ["reset", "change", "older"]) market.addEventListener(name, () => this.refresh());

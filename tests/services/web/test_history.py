@@ -62,6 +62,7 @@ def test_every_table_has_its_rows(serving: Serving, market: str) -> None:
         ("pressure?underlying=NQ", "pressure_metrics", {"underlying": "NQ"}, ""),
         (f"pressure?underlying=NQ&{option}", "pressure_metrics",
          {name: strike[name] for name in ("underlying", "expiration", "strike", "option_type")}, ""),
+        ("pressure", "pressure_metrics", {}, ""),
         ("rollups?underlying=ES", "pressure_rollups", {"underlying": "ES"}, ""),
         ("signals", "signals", {}, ""),
         ("signals?underlying=NQ&status=rejected", "signals", {"underlying": "NQ", "status": "rejected"}, ""),
@@ -101,6 +102,7 @@ def test_live_rows_go_on_where_a_page_ends(served: Served, bus: Bus, web_setting
     with sinking(bus, path):
         stage.put(bars(fixed(8)), gap())
         until(lambda: stored_seq(path) == 2)
+    until(lambda: served.get("/api/v1/gaps")["id"])
     before = served.get(f"/api/v1/candles?{BITCOIN}&limit=3")
     older = served.get(f"/api/v1/candles?{BITCOIN}&limit=3&cursor={before['next']}")
     gaps = served.get("/api/v1/gaps")
@@ -108,7 +110,7 @@ def test_live_rows_go_on_where_a_page_ends(served: Served, bus: Bus, web_setting
     # A page of any rows tells how far the store had got.
     assert before["id"]
     assert before["id"] == older["id"] == gaps["id"]
-    assert served.get("/api/v1/signals")["id"]
+    until(lambda: served.get("/api/v1/signals")["id"])
     with sinking(bus, path):
         stage.put(bars(fixed(2, 4)))
         until(lambda: stored_seq(path) == 3)
@@ -154,7 +156,7 @@ REFUSED = {
     "features?symbol=ES&columns=close": "columns: there is no 'close'",
     "features?symbol=ES&timeframe=5m": "timeframe",
     "candles?symbol=ES&format=xlsx": "format",
-    "pressure": "underlying",
+    "pressure?underlying=": "underlying",
     "pressure?underlying=ES&strike=nan": "strike",
     "pressure?underlying=ES&strike=1e999": "strike",
     "pressure?underlying=ES&expiration=2026": "expiration",

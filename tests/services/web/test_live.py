@@ -43,7 +43,7 @@ def test_history_and_live_are_one(store: Place, bus: Bus, serving: Serving, kind
         served = serving(tapeline_store=store.url)
         with Client(served.ws) as client:
             rolling = client.subscribe("rolling", symbol="ES", timeframe="rolling", history=3)
-            since = client.subscribe("since", symbol="ES", timeframe="rolling", since="2023-12-25T23:01:01Z")
+            since = client.subscribe("since", symbol="ES", timeframe="rolling", since="2023-12-26T00:01:01+01:00")
             one = client.subscribe("one", symbol="binance-futures:BTCUSDT", timeframe="1m", history=100)
             plain = client.subscribe("plain", symbol="BTC-PERPETUAL", timeframe="60s")
             assert [len(told.rows) for told in (rolling, since, one, plain)] == [3, 4, 5, 0]
@@ -53,7 +53,8 @@ def test_history_and_live_are_one(store: Place, bus: Bus, serving: Serving, kind
             place, at = one.id, client.subs["plain"].id
             store.stored(stage.seq)
             rows = held(store, "candles_1m", ticker="ES")
-            assert upserted(rolling, "time") == rows[2:] and upserted(since, "time") == rows[1:]
+            assert upserted(rolling, "time") == rows[2:]
+            assert upserted(since, "time") == rows[1:]
             assert upserted(one, "timestamp_in") == held(store, "candles", symbol="BTCUSDT", timeframe="1m")
             assert all(told.kinds[0] == "snapshot" and not told.notices for told in client.subs.values())
         stage.put(bars(fixed(4, 6)), second(9))
@@ -97,7 +98,8 @@ def test_every_channel_has_the_rows_of_its_table(store: Place, bus: Bus, serving
                 assert sorted(found, key=str) == sorted(want, key=str), name
                 # A gap that came again is told once.
                 assert len(client.subs[name].live) == 1, name
-            assert len(client.subs["all"].rows) == 4 and not client.subs["none"].rows
+            assert len(client.subs["all"].rows) == 4
+            assert not client.subs["none"].rows
             place = client.subs["signals"].id
             client.send("unsubscribe", sub="signals")
             assert client.other() == {"op": "unsubscribed", "sub": "signals"}
@@ -106,7 +108,8 @@ def test_every_channel_has_the_rows_of_its_table(store: Place, bus: Bus, serving
             assert len(client.subs["signals"].live) == 1
             back = client.subscribe("signals", "signals", symbol="NQ", after=place)
             until(lambda: back.live, what="what was missed")
-            assert back.kinds[0] == "resumed" and len(back.live) == 1
+            assert back.kinds[0] == "resumed"
+            assert len(back.live) == 1
 
 
 def test_what_cannot_be_meant_is_answered_and_harms_nothing(served: Served) -> None:
@@ -120,7 +123,7 @@ def test_what_cannot_be_meant_is_answered_and_harms_nothing(served: Served) -> N
         (good | {"history": -1}, "bad_request"), (good | {"history": 10_001}, "bad_request"),
         (good | {"history": 1, "since": "2024-01-01T00:00:00Z"}, "bad_request"),
         (good | {"since": "yesterday"}, "bad_request"), (good | {"since": "2024-01-01T00:00:00"}, "bad_request"),
-        (good | {"after": "nowhere"}, "bad_request"), (good | {"sub": "x" * 101}, "bad_request"),
+        (good | {"since": "9999-01-01T00:00:00Z"}, "bad_request"), (good | {"after": "nowhere"}, "bad_request"), (good | {"sub": "x" * 101}, "bad_request"),
         (good | {"channel": "signals"}, "bad_request"), (good | {"symbol": "x" * 201}, "bad_request"),
         ({"op": "unsubscribe", "sub": "none"}, "not_found"),
     ]  # fmt: skip
@@ -129,7 +132,8 @@ def test_what_cannot_be_meant_is_answered_and_harms_nothing(served: Served) -> N
             client.socket.send(message if isinstance(message, str | bytes) else json.dumps(message))
             error = client.other()
             assert (error["op"], error["code"]) == ("error", code), message
-            assert error["message"] and "\n" not in error["message"]
+            assert error["message"]
+            assert "\n" not in error["message"]
             assert error.get("sub", "") == (message.get("sub", "")[:100] if isinstance(message, dict) else "")
         client.send("ping", t=1.5)
         assert client.other() == {"op": "pong", "t": 1.5}
@@ -143,7 +147,8 @@ def test_what_cannot_be_meant_is_answered_and_harms_nothing(served: Served) -> N
     with Client(served.ws) as client:
         client.socket.send("x" * 100_000)
         until(lambda: client.closed, what="the end of who sends too much")
-        assert client.closed and client.closed[0] == 1009
+        assert client.closed
+        assert client.closed[0] == 1009
 
 
 def test_connections_are_bounded_and_told_of_the_end(serving: Serving) -> None:
@@ -154,19 +159,25 @@ def test_connections_are_bounded_and_told_of_the_end(serving: Serving) -> None:
         assert one.other()["t"], two.other()["t"]
         with Client(served.ws) as three:
             until(lambda: three.closed, what="the refusal")
-            assert three.closed and three.closed[0] == CLOSE_TOO_MANY and "2" in three.closed[1]
+            assert three.closed
+            assert three.closed[0] == CLOSE_TOO_MANY
+            assert "2" in three.closed[1]
         refused = served.ask("/api/v1/stream?channel=gaps")
-        assert refused.status == 503 and "retry-after" in refused.headers
+        assert refused.status == 503
+        assert "retry-after" in refused.headers
         served.stop.set()
         until(lambda: one.closed and two.closed, what="the end")
-        assert one.closed and one.closed[0] == CLOSE_SHUTDOWN and one.closed[1]
+        assert one.closed
+        assert one.closed[0] == CLOSE_SHUTDOWN
+        assert one.closed[1]
 
 
 def test_the_pipeline_is_told_again_and_again(served: Served) -> None:
     with Client(served.ws) as client:
         told = client.subscribe("p", "pipeline")
         until(lambda: len(told.live) >= 2, what="the pipeline twice")
-        assert "redis" in told.live[-1] and told.kinds[0] == "snapshot"
+        assert "redis" in told.live[-1]
+        assert told.kinds[0] == "snapshot"
         client.send("unsubscribe", sub="p")
         assert client.other()["op"] == "unsubscribed"
 
@@ -181,7 +192,8 @@ def events(served: Served, query: str, **headers: str) -> Iterator[Iterator[dict
         with plain.makefile("rb") as lines:
             assert b" 200 " in lines.readline()
             seen = {name.lower(): value for name, value in iter(lambda: _header(lines.readline()), ("", ""))}
-            assert seen["content-type"].startswith("text/event-stream") and seen["cache-control"] == "no-store"
+            assert seen["content-type"].startswith("text/event-stream")
+            assert seen["cache-control"] == "no-store"
             yield _events(lines)
 
 
@@ -209,10 +221,13 @@ def test_server_sent_events_go_on_from_the_last(store: Place, bus: Bus, serving:
         store.stored(3)
         with events(served, "channel=candles&symbol=ES&timeframe=rolling&history=2") as stream:
             first = next(stream)
-            assert first["event"] == "snapshot" and len(first["data"]["rows"]) == 2 and first["data"]["sub"] == ""
+            assert first["event"] == "snapshot"
+            assert len(first["data"]["rows"]) == 2
+            assert first["data"]["sub"] == ""
             stage.put(second(3))
             second_event = next(stream)
-            assert second_event["event"] == "rows" and second_event["id"] == second_event["data"]["id"]
+            assert second_event["event"] == "rows"
+            assert second_event["id"] == second_event["data"]["id"]
         stage.put(second(4), second(5))
         # As a browser reconnects: the same request, and the last id.
         query, last = "channel=candles&symbol=ES&timeframe=rolling&history=2", second_event["id"]
@@ -225,7 +240,8 @@ def test_server_sent_events_go_on_from_the_last(store: Place, bus: Bus, serving:
     until(lambda: not served.app.state.web.hub.connections, what="the streams to be forgotten")
     for query in ("channel=candles", "channel=x", "channel=gaps&history=-1", "symbol=ES", "channel=gaps&after=x"):
         refused = served.ask(f"/api/v1/stream?{query}")
-        assert refused.status == 400 and refused.json["error"]["message"], query
+        assert refused.status == 400, query
+        assert refused.json["error"]["message"], query
 
 
 @pytest.mark.parametrize("timeframe", ["rolling"])
@@ -239,10 +255,25 @@ def test_without_history_nothing_of_the_store_is_needed(
     stages = [Stage(bus, p) for p in range(4)]
     with Client(served.ws) as client:
         told = client.subscribe(symbol="ES", timeframe=timeframe)
-        assert told.kinds == ["snapshot"] and not told.rows
+        assert told.kinds == ["snapshot"]
+        assert not told.rows
         began = time.monotonic()
         stages[2].put(second(1))
         until(lambda: told.live, what="a row")
         assert time.monotonic() - began < 5
         refused = client.subscribe("b", symbol="ES", timeframe=timeframe, history=5)
-        assert client.other()["code"] == "bad_request" and not refused.rows
+        assert client.other()["code"] == "bad_request"
+        assert not refused.rows
+
+
+def test_a_store_without_snapshots_says_so_and_is_live(serving: Serving, bus: Bus) -> None:
+    bus.deploy(1)
+    bus.identity()
+    with Client(serving(tapeline_store="bigquery://project/dataset").ws) as client:
+        told = client.subscribe(symbol="ES", timeframe="rolling", history=5)
+        until(lambda: told.notices, what="a notice")
+        assert told.notices[0][0] == "live"
+        assert "history is not served" in told.notices[0][1]
+        Stage(bus).put(second(1))
+        until(lambda: told.live, what="a row")
+        assert told.kinds.count("snapshot") == 1

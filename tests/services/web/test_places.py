@@ -13,7 +13,8 @@ PLACE = Place("0123456789abcdef", "candles", {0: Cursor(7, "1703545260123-4"), 3
 
 def test_a_place_survives_its_text() -> None:
     text = PLACE.text()
-    assert text.isascii() and not set(text) & set('"\\+/= \n')
+    assert text.isascii()
+    assert not set(text) & set('"\\+/= \n')
     assert place_of_text(text, "candles") == PLACE
 
 
@@ -24,7 +25,8 @@ def test_a_place_survives_its_text() -> None:
 def test_other_texts_are_none(text: str) -> None:
     with pytest.raises(Problem) as told:
         place_of_text(text, "candles")
-    assert told.value.status == 400 and "id" in str(told.value)
+    assert told.value.status == 400
+    assert "id" in str(told.value)
 
 
 def test_a_place_is_of_its_topic() -> None:

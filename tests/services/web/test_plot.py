@@ -10,12 +10,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from services.web.plot import plot
-from services.web.plot_axis import BREAK, axis_of
-from services.web.plot_data import Ask, PlotData, load
-from services.web.plot_html import document, embedded, page
-from services.web.plot_png import MOST_DRAWN, WIDTH, png
-from services.web.plot_thin import MOST_TICKS, thinned, ticks
+from services.web.plots.axis import BREAK, axis_of
+from services.web.plots.data import Ask, PlotData, load
+from services.web.plots.html import document, embedded, page
+from services.web.plots.plot import plot
+from services.web.plots.png import MOST_DRAWN, WIDTH, png
+from services.web.plots.thin import MOST_TICKS, thinned, ticks
 from shared.errors import ConfigError, TapelineError
 from shared.frames import NS, iso, ns_of
 from shared.stores import read_rows
@@ -54,11 +54,11 @@ def test_bars_are_the_stores_rows(market: Market, store_url: str) -> None:
 
 
 def test_the_newest_bars_in_pages(market: Market, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.web.plot_data.PAGE_ROWS", 7)
+    monkeypatch.setattr("services.web.plots.data.PAGE_ROWS", 7)
     market.candles(list(range(30)))
     assert loaded(store_url).bars.open.tolist() == [100.0 + m for m in range(30)]
     assert loaded(store_url, last=9, until=until(20)).bars.open.tolist() == [100.0 + m for m in range(11, 20)]
-    monkeypatch.setattr("services.web.plot_data.MOST_BARS", 20)
+    monkeypatch.setattr("services.web.plots.data.MOST_BARS", 20)
     with pytest.raises(TapelineError, match="more than 20 1m bars of ES in this range: narrow it"):
         loaded(store_url, since=until(0))
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import socket
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from services.web import worker
+from services.web import pipeline, worker
 from shared.bus import Bus
 from shared.errors import ConfigError
 from shared.heartbeat import living
@@ -23,7 +21,7 @@ from shared.live import CLOSE_SHUTDOWN
 from shared.redis_server import EmbeddedRedis
 from shared.settings import Settings, Web
 from shared.supervise import page_url
-from tests.services.web.conftest import Served, Serving
+from tests.services.web.conftest import Serving
 from tests.serving import ask, changed
 from tests.wait import until
 
@@ -163,17 +161,16 @@ def test_it_serves_without_redis_and_finds_it_when_it_comes(
 
 
 def test_it_serves_without_a_store_and_finds_it_when_it_comes(
-    served: Served, web_settings: Settings, market: str
+    serving: Serving, market: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = Path(web_settings.tapeline.store.removeprefix("sqlite:///"))
+    monkeypatch.setattr(pipeline, "STORE_SECONDS", 0.05)
+    served = serving()
+    path = Path(served.settings.tapeline.store.removeprefix("sqlite:///"))
     path.write_text("this is no store, and large enough to be looked at as if it were one")
-    pipeline: Any = served.app.state.web.pipeline
-    pipeline._store_look._next = 0.0
     until(lambda: served.get("/health")["store"] != "ok", what="the damage to be told")
     assert served.get("/health")["status"] == "degraded"
     path.unlink()
     with closing(sqlite3.connect(market.removeprefix("sqlite:///"))) as whole, closing(sqlite3.connect(path)) as own:
         whole.backup(own)
-    pipeline._store_look._next = time.monotonic()
     until(lambda: served.get("/health")["status"] == "ok", what="the store to be found")
-    assert served.get("/api/v1/pipeline")["newest"] is not None
+    until(lambda: served.get("/api/v1/pipeline")["newest"], what="its newest candle")

@@ -17,11 +17,11 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from services.web.plot_axis import BREAK, MOST_STRETCHES, Reals
-from services.web.plot_data import PlotData, SignalMark
-from services.web.plot_pressure import Heat
-from services.web.plot_theme import THEMES, Theme
-from services.web.plot_thin import thinned, ticks
+from services.web.plots.axis import BREAK, MOST_STRETCHES, Reals
+from services.web.plots.data import PlotData, SignalMark
+from services.web.plots.pressure import Heat
+from services.web.plots.theme import THEMES, Theme
+from services.web.plots.thin import thinned, ticks
 from shared.frames import NS
 
 WIDTH, DPI = 16.0, 120  # inches; 1920 pixels

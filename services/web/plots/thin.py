@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from services.web.plot_axis import BREAK, LONGEST_GAP, Ints, Reals
-from services.web.plot_data import Bars, BigTrade, PlotData
+from services.web.plots.axis import BREAK, LONGEST_GAP, Ints, Reals
+from services.web.plots.data import Bars, BigTrade, PlotData
 from shared.frames import NS, iso
 
 MOST_TICKS = 14

@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from services.web.plot_axis import BREAK
-from services.web.plot_data import PlotData
-from services.web.plot_pressure import Heat
-from services.web.plot_theme import THEMES
+from services.web.plots.axis import BREAK
+from services.web.plots.data import PlotData
+from services.web.plots.pressure import Heat
+from services.web.plots.theme import THEMES
 from shared.errors import ConfigError
 from shared.frames import NS
 
@@ -27,7 +27,7 @@ _HERE = Path(__file__).parent
 
 def page(data: PlotData, theme: str | None = None) -> bytes:
     """The file. `theme` None: as the reader's system prefers. Raises ConfigError where the library is not installed."""
-    scripts = [_script(_library()), _script((_HERE / "plot.js").read_text("utf-8"))]
+    scripts = [_script(_library()), _script((_HERE / "page.js").read_text("utf-8"))]
     told = embedded(document(data))
     hashes = " ".join(f"'sha256-{_digest(text)}'" for text in scripts)
     # Nothing but these two scripts runs, and nothing is fetched, whatever a symbol or a store is called.
@@ -40,7 +40,7 @@ def page(data: PlotData, theme: str | None = None) -> bytes:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n',
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
         f"<title>{title} {html.escape(data.range)}</title>\n",
-        f"<style>\n{(_HERE / 'plot.css').read_text('utf-8')}</style>\n</head>\n<body>\n",
+        f"<style>\n{(_HERE / 'page.css').read_text('utf-8')}</style>\n</head>\n<body>\n",
         f'<header><div><h1>{title}</h1><p>{subtitle}</p></div>{_key(data)}<button id="theme" type="button" '
         'aria-label="Change between light and dark">Dark</button></header>\n',
         '<div id="legend"></div>\n<div id="spoken" class="hidden" role="status"></div>\n',

@@ -58,10 +58,13 @@
   const names = [];
   let pane = 0;
   const heights = [];
+  // Filled once the panes have their heights: an empty chart is laid out at once, a full one is not.
+  const filling = [];
+  const fill = (series, made) => filling.push(() => series.setData(made()));
   const add = (type, options, index) => chart.addSeries(type, Object.assign({}, plain, options), index);
 
   const candles = add(LC.CandlestickSeries, { lastValueVisible: true, priceLineVisible: true, priceFormat: { type: "custom", formatter: price, minMove: 1e-8 } }, 0);
-  candles.setData(points((i) => ({ open: bars.open[i], high: bars.high[i], low: bars.low[i], close: bars.close[i] })));
+  fill(candles, () => points((i) => ({ open: bars.open[i], high: bars.high[i], low: bars.low[i], close: bars.close[i] })));
   candles.priceScale().applyOptions({ scaleMargins: { top: 0.06, bottom: 0.08 } });
   heights.push(4.6);
   pane += 1;
@@ -70,15 +73,15 @@
   const all = (i) => bars.sell[i] + bars.buy[i] + bars.unknown[i];
   const volume = [["unknown", all], ["up", bought], ["down", sold]].map(([colour, top]) => {
     const series = add(LC.HistogramSeries, amounts, pane);
-    series.setData(points((i) => ({ value: top(i) })));
+    fill(series, () => points((i) => ({ value: top(i) })));
     return [series, colour];
   });
   names.push([pane, "volume: sold, bought, unknown"]);
   heights.push(1.25);
   let cvd = null;
   if (bars.cvd.some((v) => v !== null)) {
-    cvd = add(LC.LineSeries, Object.assign({ lineWidth: 2, crosshairMarkerRadius: 3 }, amounts), ++pane);
-    cvd.setData(points(one(bars.cvd)));
+    cvd = add(LC.LineSeries, Object.assign({ lineWidth: 2, crosshairMarkerVisible: false }, amounts), ++pane);
+    fill(cvd, () => points(one(bars.cvd)));
     names.push([pane, "CVD: bought less sold volume, cumulative"]);
     heights.push(1.5);
   }
@@ -242,7 +245,7 @@
       autoscaleInfoProvider: () => ({ priceRange: { minValue: low, maxValue: high } }),
     }, ++pane);
     line.priceScale().applyOptions({ scaleMargins: { top: 0.13, bottom: 0.02 } });
-    line.setData(columnPoints((k) => (heat.price.some((p) => p !== null) ? heat.price[k] : low), (k) => Math.ceil(heat.right[k]) - 1));
+    fill(line, () => columnPoints((k) => (heat.price.some((p) => p !== null) ? heat.price[k] : low), (k) => Math.ceil(heat.right[k]) - 1));
     lines.push([line, kind]);
     paintOn(line, "bottom", (g, x, y, spacing, t, size) => {
       for (const [row, k, ratio] of heat.cells[kind]) {
@@ -275,7 +278,7 @@
         return { priceRange: { minValue: -most, maxValue: most } };
       },
     }, amounts), ++pane);
-    net.setData(columnPoints((k) => heat.netPremium[k] || 0, (k) => Math.floor(heat.left[k])));
+    fill(net, () => columnPoints((k) => heat.netPremium[k] || 0, (k) => Math.floor(heat.left[k])));
     paintOn(net, "bottom", (g, x, y, spacing, t, size) => {
       const zero = y(0);
       heat.netPremium.forEach((v, k) => {
@@ -414,6 +417,7 @@
 
   dress();
   share();
+  filling.forEach((run) => run());
   chart.timeScale().fitContent();
   show(count - 1);
   new ResizeObserver(() => {

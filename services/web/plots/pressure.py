@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.web.plot_axis import Axis, Ints, Reals
+from services.web.plots.axis import Axis, Ints, Reals
 from shared.frames import NS, iso, ns_of
 from shared.stores import read_rows
 from shared.timeframes import name_of

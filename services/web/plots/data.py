@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from services.web.plot_axis import Axis, Ints, Reals, axis_of
-from services.web.plot_pressure import Heat, heat_of
+from services.web.plots.axis import Axis, Ints, Reals, axis_of
+from services.web.plots.pressure import Heat, heat_of
 from shared.errors import ConfigError, TapelineError
 from shared.frames import NS, iso, ns_of
 from shared.instants import iso_second

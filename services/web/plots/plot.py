@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from services.web.plot_data import Ask, PlotData, load
-from services.web.plot_html import page
+from services.web.plots.data import Ask, PlotData, load
+from services.web.plots.html import page
 from shared.errors import ConfigError
 from shared.instants import iso_second
 from shared.settings import Settings
@@ -24,7 +24,7 @@ class Plot(NamedTuple):
 
 
 def plot(settings: Settings, kind: Kind, theme: str | None, **asked: Any) -> Plot:
-    """Draw what `plot_data.Ask` asks for, from the store of the settings.
+    """Draw what `data.Ask` asks for, from the store of the settings.
 
     `theme` is light or dark; None is light in a PNG, and in HTML whatever the reader's system prefers. Raises
     TapelineError where there are no bars, ConfigError, StoreUnavailable.
@@ -37,7 +37,7 @@ def plot(settings: Settings, kind: Kind, theme: str | None, **asked: Any) -> Plo
 
 def _png() -> Any:
     try:
-        return import_module("services.web.plot_png").png
+        return import_module("services.web.plots.png").png
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
