@@ -30,6 +30,7 @@ STORE_CONNECTIONS = 2
 SNAPSHOT_SECONDS = 1.0
 SNAPSHOTS_BYTES = 32 << 20
 GOODBYE = "the server ends; it may be back in a moment"
+GOODBYE_SECONDS = 2.0
 CHECK_SECONDS = 1.0
 PULSE_SECONDS = 1.0
 
@@ -84,7 +85,8 @@ class Hub:
         """Tell all live clients that it ends, and let go of everything. May be called again."""
         for connection in list(self.connections):
             connection.end(GOODBYE)
-        while self.connections:
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        while self.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         if self._checking is not None:
             self._checking.cancel()

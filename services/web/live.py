@@ -176,9 +176,18 @@ async def follow(socket: WebSocket) -> None:
         with suppress(WebSocketDisconnect, RuntimeError, OSError):
             await client.serve(send, _listen(socket, client))
             if client.ended:
-                await socket.close(live.CLOSE_SHUTDOWN, client.ended)
+                await _end(socket, client.ended)
     finally:
         client.gone()
+
+
+async def _end(socket: WebSocket, reason: str) -> None:
+    """Whether the client reads or not."""
+    drop = drop_of(socket)
+    if drop is None:
+        await socket.close(live.CLOSE_SHUTDOWN, reason)
+    else:
+        drop(live.CLOSE_SHUTDOWN, reason)
 
 
 def _dropping(socket: WebSocket) -> Callable[[str], None]:
