@@ -25,12 +25,14 @@ from shared.client_rows import GapRow, PressureRow, RollupRow, Row, SignalRow, t
 from shared.client_stream import HEARTBEAT_SECONDS, Stream, Wish
 from shared.errors import AuthError, ConfigError, TapelineError, Unavailable
 from shared.frames import iso
-from shared.reader_bars import instant_ns, series_of
+from shared.reader_bars import FixedBar, RollingBar, SecondBar, instant_ns, series_of
 from shared.records import aliases, normal
 from shared.stores import redact
 
-__all__ = ["Client", "GapRow", "Instant", "Page", "PressureRow", "RollupRow", "Row", "SignalRow", "Stream",
-           "tapeline_client"]  # fmt: skip
+__all__ = [
+    "Client", "FixedBar", "GapRow", "Instant", "Page", "PressureRow", "RollingBar", "RollupRow", "Row", "SecondBar",
+    "SignalRow", "Stream", "tapeline_client",
+]  # fmt: skip
 
 Instant = datetime | int | str
 # Paged tables, and which parameter says of whom.

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from services.web.context import web_of
-from services.web.problems import Json, missing
+from services.web.problems import Json, missing, once
 from services.web.threads import in_thread
 from shared.acks import ack_alert, ack_signal, alerts_of, signal_acks, signal_key
 from shared.bus import Bus
@@ -45,14 +45,20 @@ class SignalAsked(By):
     source: str = Field("tapeline", min_length=1, max_length=100)
 
 
+class AlertsAsked(BaseModel):
+    """Which alerts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    all: bool = Field(False, description="Also those that are acknowledged.")
+
+
 @router.get("/alerts", summary="Alerts, the newest last", response_model=None)
-async def alerts(
-    request: Request,
-    everything: Annotated[bool, Query(alias="all", description="Also those that are acknowledged.")] = False,
-) -> Json:
+async def alerts(request: Request, wanted: Annotated[AlertsAsked, Query()]) -> Json:
     """Alerts that nobody has acknowledged, each with what became of its deliveries; the newest 1,000 are kept."""
+    once(request)
     found = await _on_bus(request, alerts_of)
-    return Json({"alerts": [alert for alert in found if everything or not alert.acked_by]})
+    return Json({"alerts": [alert for alert in found if wanted.all or not alert.acked_by]})
 
 
 @router.post("/alerts/{id}/ack", summary="Acknowledge an alert", response_model=None, dependencies=[Depends(asked)])

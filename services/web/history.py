@@ -17,7 +17,7 @@ from services.web import formats
 from services.web.context import web_of
 from services.web.formats import JSON, MEDIA
 from services.web.places import place_of
-from services.web.problems import Json, bad
+from services.web.problems import Json, bad, once
 from shared.api_rows import rows_of_store
 from shared.frames import FEATURE_COLUMNS
 from shared.reader_bars import SECONDS, series_of
@@ -48,7 +48,7 @@ class Range(BaseModel):
         None, description="Only rows from this instant on: ISO, UTC where it says no zone.",
         examples=["2026-11-21T14:00:00Z"],
     )  # fmt: skip
-    until: Instant | None = Field(None, description="Only rows before this instant.", examples=["2026-11-21"])
+    until: Instant | None = Field(None, description="Only rows before this instant.", examples=["2026-11-22"])
     limit: int = Field(
         1000, ge=1, le=1 << 31,
         description="At most so many rows: of JSON up to the setting web.max_rows, of files up to web.max_export_rows.",
@@ -263,7 +263,7 @@ def instant(name: str, text: str) -> str:
 
 async def _answer(request: Request, asked: Range, of: Table) -> Response:
     """The rows that are asked for, in the format that is asked for. Raises Problem, ConfigError, StoreUnavailable."""
-    once([key for key, _ in request.query_params.multi_items()])
+    once(request)
     web = web_of(request)
     since, until = (None if t is None else instant(n, t) for n, t in (("since", asked.since), ("until", asked.until)))
     if since is not None and until is not None and since > until:
@@ -291,13 +291,6 @@ async def _answer(request: Request, asked: Range, of: Table) -> Response:
     media = MEDIA[format_] + ("; charset=utf-8; header=present" if format_ == formats.CSV else "")
     pages = _pages(web.pages, first, segments)
     return StreamingResponse(formats.written(pages, writer), headers=headers, media_type=media)
-
-
-def once(names: Sequence[str]) -> None:
-    """Raises Problem (400) for a parameter that is given twice, for only one of them can be meant."""
-    for name in names:
-        if names.count(name) > 1:
-            raise bad(f"'{name[:60]}' is given more than once")
 
 
 def _page(of: Table, page: Page, place: str | None) -> Response:

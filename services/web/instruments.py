@@ -16,8 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from services.web.context import web_of
-from services.web.history import once
-from services.web.problems import Json
+from services.web.problems import Json, once
 from services.web.threads import Look
 from shared.bus import Bus
 from shared.errors import TapelineError
@@ -89,7 +88,7 @@ async def instruments(request: Request, asked: Annotated[Sought, Query()]) -> Re
     `name` is what `symbol` takes, `underlying` what pressure and signals are asked by, `rolling` says whether there
     are `rolling` and `seconds` rows. Known by the bus; while that does not answer, by the store.
     """
-    once([key for key, _ in request.query_params.multi_items()])
+    once(request)
     web, state = web_of(request), request.app.state
     if not hasattr(state, "known_instruments"):
         state.known_instruments = Known(web.settings, web.pages)

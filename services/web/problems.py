@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 
 from shared.errors import AuthError, ConfigError, TapelineError, Unavailable
@@ -37,6 +38,14 @@ class Problem(TapelineError):
 def bad(message: str) -> Problem:
     """400: the request cannot be meant so."""
     return Problem(400, "bad_request", message)
+
+
+def once(request: Request) -> None:
+    """Raises Problem (400) for a parameter that is given twice, for only one of them can be meant."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if names.count(name) > 1:
+            raise bad(f"'{name[:60]}' is given more than once")
 
 
 def missing(message: str) -> Problem:

@@ -31,6 +31,7 @@ READ_ENTRIES = 32
 KEPT_BYTES = 4 << 20
 KEPT_SECONDS = 30.0
 PAUSE_SECONDS = 1.0
+LOOKING = "the bus is being looked at"
 
 
 _NOT_LOOKED = "the bus has not been looked at yet"
@@ -121,9 +122,9 @@ class Stream:
         return bool(self.positions)
 
     async def settled(self, seconds: float = 0.0) -> None:
-        """Wait up to so long until it is known where the topic stands. Raises BusUnavailable."""
+        """Wait up to so long until it is known where the topic stands. Raises BusUnavailable: at once in trouble."""
         until = time.monotonic() + seconds
-        while not self.ready and (left := until - time.monotonic()) > 0:
+        while not self.ready and self.trouble == LOOKING and (left := until - time.monotonic()) > 0:
             await self.moved(left)
         if not self.ready:
             raise BusUnavailable(self.trouble)
@@ -293,6 +294,7 @@ class Stream:
         if trouble:
             log.warning("%s: %s; waiting", self.topic, trouble)
         self.trouble = trouble
+        self._wake()
         for follower in self.all_followers():
             follower.told(trouble)
 
@@ -306,7 +308,7 @@ class Stream:
         self.positions, self._floor, self._place = {}, {}, None
         self._kept.clear()
         self._kept_bytes = 0
-        self.trouble = "the bus is being looked at anew"
+        self.trouble = LOOKING
         self._wake()
 
 

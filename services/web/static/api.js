@@ -35,7 +35,10 @@ export class Api {
       if (error.name === "AbortError") throw error;
       throw new ApiError(0, "unreachable", "The server does not answer.");
     }
-    const found = await answer.json().catch(() => null);
+    const found = await answer.json().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return null;
+    });
     if (answer.ok && found !== null) return found;
     if (answer.status === 401) this.unauthorized();
     const { code = "failed", message = `The server answered ${answer.status}.` } = found?.error ?? {};

@@ -250,7 +250,7 @@ function drawNet(g, { columns, colours: c, layout }, x) {
   const top = layout.lanes.net;
   const middle = top + LANE / 2;
   const most = Math.max(...columns.map((column) => Math.abs(column.rollup?.net_premium ?? 0)), 0);
-  laneLabel(g, layout, top, layout.left < 50 ? "Net pr." : "Net prem.", most ? `±${number(most)}` : "", c);
+  laneLabel(g, layout, top, layout.left < 60 ? "Net pr." : "Net prem.", most ? `±${number(most)}` : "", c);
   columns.forEach((column, i) => {
     const value = column.rollup?.net_premium;
     if (!value || !most) return;

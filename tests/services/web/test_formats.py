@@ -100,9 +100,9 @@ def test_a_file_of_many_pages_is_one_file(serving: Serving, market: str) -> None
         "pressure?underlying=ES&columns=time_window,strike",
         "candles?symbol=ES&timeframe=rolling&columns=time",
     ):
-        whole = served.get(f"/api/v1/{query}&limit=120")["rows"]
+        whole = served.get(f"/api/v1/{every}&limit=120")["rows"]
         since = min(row[name] for row in whole for name in ("time", "time_window") if name in row)
-        query += f"&since={since}"
+        query = f"{every}&since={since}"
         whole = served.get(f"/api/v1/{query}&limit=10000")["rows"]
         assert len(whole) >= 120
         for order in ("newest", "oldest"):

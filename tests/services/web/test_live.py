@@ -57,8 +57,12 @@ def test_history_and_live_are_one(store: Place, bus: Bus, serving: Serving, kind
             assert upserted(since, "time") == rows[1:]
             assert upserted(one, "timestamp_in") == held(store, "candles", symbol="BTCUSDT", timeframe="1m")
             assert all(told.kinds[0] == "snapshot" and not told.notices for told in client.subs.values())
+        page = served.get("/api/v1/candles?symbol=BTC-PERPETUAL&timeframe=1m&limit=2")
+        assert page["rows"] == held(store, "candles", symbol="BTC-PERPETUAL", timeframe="1m")[-2:]
         stage.put(bars(fixed(4, 6)), second(9))
         with Client(served.ws) as again:
+            paged = again.subscribe("paged", symbol="BTC-PERPETUAL", timeframe="1m", after=page["id"])
+            until(lambda: len(paged.live) == 2, what="what came behind the page")
             resumed = again.subscribe("one", symbol="binance-futures:BTCUSDT", timeframe="1m", after=place)
             other = again.subscribe("plain", symbol="BTC-PERPETUAL", timeframe="1m", after=at, history=100)
             until(lambda: len(resumed.live) == len(other.live) == 2, what="what was missed")
