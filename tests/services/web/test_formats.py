@@ -96,7 +96,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_pages")
 def test_a_file_of_many_pages_is_one_file(serving: Serving, market: str) -> None:
     served = serving(tapeline_store=market)
-    for query in (
+    for every in (
         "pressure?underlying=ES&columns=time_window,strike",
         "candles?symbol=ES&timeframe=rolling&columns=time",
     ):
