@@ -29,7 +29,7 @@ from shared.redis_server import EmbeddedRedis
 from tests.browser.conftest import FLAGS
 
 ROOTS = ["ES", "NQ", "CL"]
-ROWS, ROWS_A_SECOND, RATE = 1_000_000, 6.0, 10.0
+ROWS, ROWS_A_SECOND, RATE = 1_000_000, 5.8, 10.0
 TABLES = ("candles", "candles_1m", "candles_1s")
 SIZE: Any = {"width": 1280, "height": 860}
 

@@ -16,7 +16,10 @@ COUNT_ENTRIES = 500
 
 
 class Consumer(msgspec.Struct, frozen=True):
-    """A stage or sink on one stream. `exact`: false when the backlog is at least this much."""
+    """A stage or sink on one stream. `exact`: false when the backlog is at least this much.
+
+    `behind_seconds`: how long the oldest entry that it has not taken has been waiting, by Redis's clock.
+    """
 
     name: str
     position: str
@@ -101,11 +104,9 @@ class Reader:
         newest = reply[0].decode()
         lowest = min((_order(p) for p in positions.values()), default=(0, 0))
         consumers = []
-        for name, (records, entries, exact, last) in zip(names, reply[2:], strict=True):
+        for name, (records, entries, exact, last, first) in zip(names, reply[2:], strict=True):
             position = positions[name]
-            behind = 0.0 if position == newest else max(0.0, (_order(newest)[0] - _order(position)[0]) / 1000)
-            if position == "0-0":
-                behind = 0.0
+            behind = max(0.0, (now_ms - _order(first.decode())[0]) / 1000) if first else 0.0
             owner = self._owner(partition, name, now_ms)
             holds = position != newest and _order(position) == lowest
             consumers.append(

@@ -77,13 +77,13 @@ async def place_of(hub: Hub, cursors: Mapping[CursorKey, Cursor], channel: str) 
 
     `cursors`: those of the channel's topic (`channels.topic_of`), as shared.store_pages.Page has them.
     """
-    topic, stream = topic_of(channel), None
+    topic = topic_of(channel)
     if not topic or not hub.history:
         return None
     stream = hub.stream(topic)
     try:
         # History does not wait for a bus that is known not to answer.
-        await stream.settled(0.0 if stream.looked else SETTLE_SECONDS)
+        await stream.settled(SETTLE_SECONDS)
     except Unavailable:
         return None
     place = place_of_store(cursors, topic, stream.bus, stream.partitions, stream.begun, was=stream.was)

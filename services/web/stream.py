@@ -34,9 +34,6 @@ PAUSE_SECONDS = 1.0
 LOOKING = "the bus is being looked at"
 
 
-_NOT_LOOKED = "the bus has not been looked at yet"
-
-
 class Entry(NamedTuple):
     """A frame in its place."""
 
@@ -73,7 +70,7 @@ class Stream:
         self.topic, self.bus, self.partitions = topic, "", 0
         self.was = ""  # the bus before this one
         self.positions: dict[int, Cursor] = {}
-        self.trouble = _NOT_LOOKED
+        self.trouble = LOOKING
         self._feed, self._alone = feed, alone
         self._followed = Followed()
         self._followers: dict[Subject, dict[Follower, None]] = {}
@@ -128,11 +125,6 @@ class Stream:
             await self.moved(left)
         if not self.ready:
             raise BusUnavailable(self.trouble)
-
-    @property
-    def looked(self) -> bool:
-        """Whether the bus has answered, or failed to."""
-        return self.trouble != _NOT_LOOKED
 
     @property
     def begun(self) -> list[int]:

@@ -29,10 +29,11 @@ from shared.frames import (
     Frame,
     tick_frame,
 )  # fmt: skip
-from shared.heartbeat import Beat, beat
+from shared.heartbeat import Beat, beat, redis_now_ms
 from shared.instruments import feed_id, instrument_id
 from shared.keys import TOPICS
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
+from shared.status import Reader
 from shared.tail import Tail
 from tests.services.sink_sqlite import tape
 from tests.shared.test_cli import tapeline
@@ -449,3 +450,24 @@ def test_doctor_on_a_bus_that_may_lose_data(redis_server: Any, tmp_path: Path) -
     finally:
         bus.call("config_set", "maxmemory-policy", "noeviction")
         bus.close()
+
+
+def test_how_far_behind_is_how_long_the_oldest_entry_waits(bus: Bus) -> None:
+    stream = bus.keys.stream(0, "ticks")
+    now = redis_now_ms(bus)
+    for age in (900_000, 30_000, 10_000):  # the first one taken: only what waits behind it counts
+        publish_at(bus, stream, f"{now - age}-0")
+    bus.call("hset", bus.keys.info(0, "ticks"), "records", 3)
+    bus.call("hset", bus.keys.consumers(0, "ticks"), "aggregate", f"{now - 900_000}-0")
+    reader = Reader(bus, 1, 5.0)
+    found = reader.stream(0, "ticks", now)
+    assert found
+    assert [(c.behind_entries, c.behind_seconds) for c in found.consumers] == [(2, 30.0)]
+    bus.call("hset", bus.keys.consumers(0, "ticks"), "aggregate", f"{now - 10_000}-0")
+    found = reader.stream(0, "ticks", now)
+    assert found
+    assert [(c.behind_entries, c.behind_seconds) for c in found.consumers] == [(0, 0.0)]
+
+
+def publish_at(bus: Bus, stream: str, entry_id: str) -> None:
+    bus.call("xadd", stream, {"kind": "clock", "count": 1, "last": "x"}, id=entry_id)

@@ -14,7 +14,7 @@ from tests.services.sink_sqlite.tape import Stage, gap, without_tail
 from tests.services.web.following import Client, Told
 from tests.serving import Served, Serving
 from tests.shared.test_reader_follow import BOTH, Place, deploy, second, server, store
-from tests.wait import until
+from tests.wait import on_disk, until
 
 __all__ = ["server", "store"]
 
