@@ -20,7 +20,7 @@ from services.web.outbox import Message, Outbox
 from services.web.places import place_of_text
 from services.web.problems import Problem, bad
 from services.web.seam import Subscription, Wish
-from services.web.sockets import Drop, drop_of
+from services.web.sockets import Drop, drop_of, sender_of
 from shared import live
 from shared.api_rows import Told
 from shared.errors import TapelineError
@@ -111,7 +111,7 @@ class Client:
         self.outbox.forget(name)
         self.outbox.event(live.Unsubscribed(name))
 
-    async def serve(self, send: Callable[[Message], Awaitable[None]], listen: Awaitable[None]) -> None:
+    async def serve(self, send: Callable[[list[Message]], Awaitable[None]], listen: Awaitable[None]) -> None:
         """Until the client has gone, sending fails, or it is dropped."""
         self.web.hub.connections[self] = None
         tasks = {
@@ -168,8 +168,14 @@ async def follow(socket: WebSocket) -> None:
         return
     client = Client(web, _dropping(socket))
 
-    async def send(message: Message) -> None:
-        await socket.send({"type": "websocket.send", "text": message.text})
+    together = sender_of(socket)
+
+    async def send(messages: list[Message]) -> None:
+        if together is not None:
+            await together([message.text for message in messages])
+            return
+        for message in messages:
+            await socket.send({"type": "websocket.send", "text": message.text})
 
     try:
         # Whatever is wrong with a connection that ends is none of ours.
@@ -295,9 +301,8 @@ class Events(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send(_chunk(f"retry: {RETRY_MS}\n\n"))
 
-        async def tell(message: Message) -> None:
-            place = f"id: {message.id}\n" if message.id else ""
-            await send(_chunk(f"event: {message.event}\n{place}data: {message.text}\n\n" if message.event else ":\n\n"))
+        async def tell(messages: list[Message]) -> None:
+            await send(_chunk("".join(map(_event, messages))))
 
         try:
             with suppress(OSError):
@@ -319,6 +324,13 @@ class Events(Response):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _event(message: Message) -> str:
+    if not message.event:
+        return ":\n\n"
+    place = f"id: {message.id}\n" if message.id else ""
+    return f"event: {message.event}\n{place}data: {message.text}\n\n"
 
 
 def _chunk(text: str) -> dict[str, Any]:

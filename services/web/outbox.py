@@ -19,7 +19,8 @@ from shared import live
 from shared.api_rows import Told
 
 _text = msgspec.json.Encoder().encode
-BURST_MESSAGES = 32
+# Sent at once, if so many wait: a write to the socket costs more than a message.
+BURST_MESSAGES, BURST_SIZE = 64, 64 << 10
 
 
 class Bounds(NamedTuple):
@@ -178,26 +179,33 @@ class Outbox:
 
     # -- sending -----------------------------------------------------------------------------
 
-    async def send_all(self, send: Callable[[Message], Awaitable[None]]) -> None:
-        """Sends what comes, one after the other, until cancelled or `send` fails."""
-        burst = 0
+    async def send_all(self, send: Callable[[list[Message]], Awaitable[None]]) -> None:
+        """Sends what comes, some messages after the other, until cancelled or `send` fails."""
         while True:
             while not self._queue:
                 self._congested = False
                 self._wake.clear()
                 await self._wake.wait()
+            self._sending_since = time.monotonic()
+            await send(self._some())
+            self._sending_since = None
+            if self._queue:
+                await asyncio.sleep(0)  # others' turn: while the socket takes it, sending waits for nothing
+
+    def _some(self) -> list[Message]:
+        """The next messages, at least one."""
+        some: list[Message] = []
+        size = 0
+        while self._queue and len(some) < BURST_MESSAGES and size < BURST_SIZE:
             item = self._queue.popleft()
             self._taken(item)
+            size += item.size
             if isinstance(item, _Rows):
                 if self._open.get(item.sub) is item:
                     del self._open[item.sub]
                 item = item.message()
-            self._sending_since = time.monotonic()
-            await send(item)
-            self._sending_since = None
-            burst += 1
-            if burst % BURST_MESSAGES == 0:
-                await asyncio.sleep(0)  # others' turn: while the socket takes it, sending waits for nothing
+            some.append(item)
+        return some
 
     def _taken(self, item: Message | _Rows) -> None:
         self._size -= item.size

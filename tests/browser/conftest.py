@@ -87,6 +87,8 @@ def stack(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         until(lambda: answers(stack.url), START_SECONDS, "the page's server")
         up.grows()
         yield stack
+        said = (folder / "state" / "logs" / "web.log").read_text().splitlines()
+    assert [line for line in said if '"ERROR"' in line] == []
 
 
 def free_port() -> int:

@@ -239,7 +239,7 @@ EXAMPLES: list[list[Step]] = [
 
 
 @settings(
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],

@@ -62,6 +62,7 @@ def test_a_restart_of_redis_is_waited_for(
         now = client.subscribe("now", **ES)
         stage.put(second(1))
         until(lambda: told.live and now.live, what="a row")
+        on_disk(own.client)
         server.kill()
         until(lambda: noticed(told, "waiting") and noticed(now, "waiting"), what="that it waits")
         assert "Redis" in told.notices[-1][1]

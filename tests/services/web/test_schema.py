@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlencode
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
@@ -16,6 +17,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.serving import Served, Serving
+
+# The server's threads use the random module while requests are being made up.
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 
 EXAMPLES = 6
 # Never ends: it is asked for otherwise.

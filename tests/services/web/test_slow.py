@@ -36,9 +36,9 @@ class Sending:
         self.open = asyncio.Event()
         self._task = asyncio.create_task(self.outbox.send_all(self._send))
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, messages: list[Message]) -> None:
         await self.open.wait()
-        self.taken.append(json.loads(message.text))
+        self.taken += [json.loads(message.text) for message in messages]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
