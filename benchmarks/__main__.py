@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import kernel, latency, machine, pipeline, postgres, pressure, tardis, web
+from benchmarks import first_chart, kernel, latency, machine, pipeline, postgres, pressure, tardis, web
 
 PARTS = {
     "kernel": kernel.run, "pressure": pressure.run, "pipeline": pipeline.run, "latency": latency.run,
     "tardis": tardis.run, "postgres": postgres.run_all,
-    "web": web.run,
+    "web": web.run, "first_chart": first_chart.run,
 }  # fmt: skip
 
 

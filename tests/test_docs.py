@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 
 from services.aggregate.layout import COUNTERS
@@ -31,7 +32,23 @@ from services.sink_sqlite.schema import migrate
 from services.sink_timescale import server as timescale_server
 from services.sink_timescale.rollups import ROLLUPS
 from services.sink_timescale.store import TimescaleStore
-from shared import alerts, errors, import_files, messages, reader, registry, stores, usage
+from services.web import app, outbox
+from services.web import live as web_live
+from services.web import worker as web_worker
+from shared import (
+    alerts,
+    client,
+    client_stream,
+    dataframes,
+    errors,
+    import_files,
+    live,
+    messages,
+    reader,
+    registry,
+    stores,
+    usage,
+)
 from shared.bus import Bus
 from shared.cli import cli
 from shared.cli_run import EX_TEMPFAIL
@@ -42,7 +59,9 @@ from shared.postgres import connect, run
 from shared.settings import ALIASES, BIGQUERY_METHODS, SECTIONS, AlertRule, Settings, env_name, load
 from shared.stages import STAGES, readers
 from shared.tables import MESSAGE_TABLES
-from tests.services.sink_sqlite.tape import Stage, candles, rows, sinking, stored_seq
+from tests.services.sink_sqlite.tape import Stage, bars, candles, fixed, rows, sinking, stored_seq
+from tests.serving import Served, Serving
+from tests.shared.test_reader_follow import deploy
 from tests.wait import until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -436,6 +455,189 @@ def test_the_reader_shown_follows(bus: Bus, tmp_path: Path) -> None:
         seen = asyncio.run(follow())
     assert len(seen) == 9
     assert [at for at, _ in seen] == sorted({at for at, _ in seen})
+
+
+# -- the page, its API, the client -----------------------------------------------------------------
+
+
+def test_every_path_and_parameter_of_the_api_is_documented() -> None:
+    text = page("api.md")
+    told = set(quoted(text))
+    described = app.create(Settings()).openapi()["paths"]
+    shown = {re.sub(r"^(GET|POST) ", "", name) for name in told if re.match(r"^((GET|POST) )?/", name)}
+    assert set(described) <= shown
+    assert {path for path in shown if path.startswith("/api/")} - {"/api/v1/ws"} <= set(described)
+    for path, methods in described.items():
+        for method, operation in methods.items():
+            if method == "post":
+                assert f"POST {path}" in told
+            names = {p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"}
+            assert names <= told | {"all", "q"}, path
+    assert {"all=true", "q"} <= told
+    body = described["/api/v1/signals/ack"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    known = app.create(Settings()).openapi()["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
+    (asked,) = re.findall(r"-d '(\{[^']*\})' http://\S+/signals/ack$", text, re.M)
+    assert set(json.loads(asked)) == set(known)
+
+
+def test_every_message_channel_and_close_code_is_documented() -> None:
+    text = sections(page("api.md"))["What is live"]
+    requests, _, events = text.partition("The server sends:")
+    for kinds, told in ((live.Request, requests), (live.Event, events)):
+        listed = {r[0].strip("`"): r[1] for r in table_rows(told) if len(r) == 3 and r[0] != "`op`"}
+        for kind in kinds.__subclasses__():
+            assert set(kind.__struct_fields__) <= set(quoted(listed[str(kind.__struct_config__.tag)])), kind
+    assert [r[0].strip("`") for r in table_rows(requests) if r[0].strip("`") in live.CHANNELS] == list(live.CHANNELS)
+    codes = {r[0] for r in table_rows(levels(text)["Slow clients"]) if r[0].isdigit()}
+    ours = {live.CLOSE_TOO_SLOW, live.CLOSE_SHUTDOWN, live.CLOSE_TOO_MANY, live.CLOSE_UNAUTHORIZED}
+    assert codes == {*map(str, ours), "1009"}
+    for line in re.findall(r"^[<>] (\{.*\})$", text, re.M):
+        kind = json.loads(line)["op"]
+        assert kind in {
+            str(k.__struct_config__.tag) for k in (*live.Request.__subclasses__(), *live.Event.__subclasses__())
+        }
+    bounds = outbox.Bounds()
+    slow = levels(text)["Slow clients"]
+    assert f"{bounds.coalesce >> 10} KiB" in slow
+    assert f"{bounds.drop >> 20} MiB" in slow
+    assert f"for {bounds.seconds:g} s" in slow
+    assert f"pings each {web_worker.PING_SECONDS:g} s" in slow
+    assert f"every {web_live.ALIVE_SECONDS:g} s" in levels(text)["Server-sent events"]
+
+
+def test_every_error_and_limit_of_the_api_is_documented() -> None:
+    text = sections(page("api.md"))["Errors and limits"]
+    told = {(r[0], r[1].strip("`")) for r in table_rows(text) if r[0].isdigit()}
+    source = "".join(path.read_text() for path in (ROOT / "services" / "web").glob("*.py"))
+    said = set(re.findall(r'Problem\((\d{3}), "(\w+)"', source))
+    (framework,) = re.findall(r"code = (\{.*?\})\.get\(error\.status_code", source)
+    said |= {(status, code) for status, code in re.findall(r'(\d+): "(\w+)"', framework)}
+    assert told == said
+    limits = {r[0]: r[1] for r in table_rows(text) if len(r) == 2}
+    assert limits["subscriptions of a connection"] == str(web_live.MAX_SUBSCRIPTIONS)
+    assert f"`web.connections` + {web_worker.SPARE_CONNECTIONS}" in text
+    assert all(
+        f"`web.{name}`" in text for name in ("requests_per_second", "connections", "max_rows", "max_export_rows")
+    )
+
+
+def test_requests_shown_are_answered(served: Served) -> None:
+    """As they stand, but for the port and the streams, which do not end."""
+    shown = 0
+    for path in (DOCS / "api.md", DOCS / "operations.md", ROOT / "README.md"):
+        for line in re.findall(r"^\$ (curl .*)$", path.read_text(), re.M):
+            words = shlex.split(line)
+            url = next(word for word in words if word.startswith("http://"))
+            if "-N" in words:
+                url = url.replace("/api/v1/stream?channel=candles", "/api/v1/candles?").replace("&history=1", "")
+                if "/stream" in url:
+                    continue
+            headers = dict(words[at + 1].split(": ", 1) for at, word in enumerate(words) if word == "-H")
+            body = words[words.index("-d") + 1].encode() if "-d" in words else None
+            target = "/" + url.split("/", 3)[3]
+            answer = served.ask(target, "POST" if "-X" in words else "GET", body, **headers)
+            nobody = body is not None and "/alerts/" in target
+            assert answer.status == (404 if nobody else 200), (line, answer.body)
+            shown += 1
+    assert shown > 15
+
+
+def test_the_keys_and_signs_of_the_page_are_documented() -> None:
+    static = ROOT / "services" / "web" / "static"
+    told = sections(page("page.md"))
+    (listed,) = re.findall(r"const SHORTCUTS = \{(.*?)\};", (static / "app.js").read_text(), re.S)
+    shortcuts = set(re.findall(r'(?:^|[,\s])"?([a-z/?])"?:', listed))
+    assert len(shortcuts) == 8
+    keys = {key.lower() for cells in table_rows(told["Keys"]) for key in quoted(cells[0])}
+    assert shortcuts <= keys
+    moves = re.findall(r"const step = \{(.*?)\}", (static / "app.js").read_text())[0]
+    names = {"ArrowLeft": "←", "ArrowRight": "→"}
+    assert {names.get(name, name).lower() for name in re.findall(r"(\w+):", moves)} <= keys
+    (signs,) = re.findall(r"const SIGNS = \[(.*?)\n\];", (static / "menus.js").read_text(), re.S)
+    assert len(re.findall(r"^  \[", signs, re.M)) == len(list(table_rows(told["Signs on the chart"]))) - 2
+    chips = re.findall(r'^  \["\w+", "([^"]+)", \w+\],$', (static / "pipeline-chips.js").read_text(), re.M)
+    assert chips == [r[0] for r in table_rows(told["The pipeline strip"]) if r[0] != "part"]
+    words = "".join(q for cells in table_rows(told["How live it is"]) for q in quoted(cells[0]))
+    standing = (static / "app.js").read_text().partition("function standing()")[2].partition("\n}\n")[0]
+    for said in re.findall(r'return \["\w+", ["`]([^"`$]+)', standing):
+        assert said in words, said
+
+
+def test_images_are_small() -> None:
+    for path in (DOCS / "images").iterdir():
+        assert path.suffix == ".png"
+        assert path.stat().st_size < 200_000, path.name
+        assert any(f"images/{path.name}" in p.read_text() for p in PAGES), path.name
+
+
+def calls(kind: Any) -> set[str]:
+    return {name for name, member in vars(kind).items() if inspect.isfunction(member) and not name.startswith("_")}
+
+
+def test_every_call_of_the_client_is_documented() -> None:
+    text = sections(page("client.md"))
+    told = {re.split(r"\W", name)[0] for part in ("Streams", "Requests") for name in quoted(text[part])}
+    assert calls(client.Client) <= told
+    rows_told = {r[0].strip("`"): r[1] for r in table_rows(text["Streams"]) if r[0] != "call"}
+    for call in rows_told:
+        name, _, given = call.partition("(")
+        found = inspect.signature(getattr(client.Client, name)).parameters
+        for parameter in filter(None, given.rstrip(")").split(", ")):
+            word, _, value = parameter.partition("=")
+            assert word in found
+            assert not value or json.loads(value) == found[word].default, call
+    assert {client_stream.CONNECTING, client_stream.LIVE, client_stream.WAITING, client_stream.CLOSED} <= told
+    assert set(client.TABLES) <= set(quoted(text["Requests"]))
+    frames = {name for name in vars(dataframes) if name.startswith("read_") and name != "read_rows"}
+    calls_told = {r[0].strip("`") for r in table_rows(text["Data frames"]) if r[0] != "call"}
+    assert {call.partition("(")[0] for call in calls_told} == frames
+    for call in calls_told:
+        found = inspect.signature(getattr(dataframes, call.partition("(")[0])).parameters
+        given = [word.partition("=")[0] for word in call.partition("(")[2].rstrip(")").split(", ")]
+        assert list(found) == [*given, "since", "until", "columns", "kind", "token"]
+
+
+def examples_of_client() -> tuple[dict[str, Any], dict[str, Any]]:
+    spaces = []
+    for body in re.findall(r"^```python\n(.*?)^```", page("client.md"), re.M | re.S):
+        space: dict[str, Any] = {"__name__": "shown"}
+        exec(body, space)
+        spaces.append(space)
+    strategy, frames = spaces
+    return strategy, frames
+
+
+def test_the_strategy_shown_trades(bus: Bus, served: Served, tmp_path: Path) -> None:
+    main = examples_of_client()[0]["main"]
+    deploy(bus)
+    path, stage = tmp_path / "store.db", Stage(bus)
+
+    def swing(start: int, count: int) -> Frame:
+        made = fixed(2 * count, start)
+        turn = np.arange(len(made)) // 2 / 5 + start / 5
+        made["close"], made["vd"] = 5000 + 10 * np.sin(turn), np.cos(turn)
+        return bars(made)
+
+    async def trade() -> list[tuple[str, float]]:
+        running = asyncio.ensure_future(main(served.base, "BTC-USDT", 3))
+        for start in range(30, 130, 10):
+            await asyncio.to_thread(stage.put, swing(start, 10))
+        return await asyncio.wait_for(running, 30)
+
+    with sinking(bus, path):
+        first = stage.put(swing(0, 30))
+        until(lambda: stored_seq(path, "candles") == first)
+        made = asyncio.run(trade())
+    assert len(made) == 3
+    assert {side for side, _ in made} == {"buy", "sell"}
+
+
+def test_the_data_frame_shown_is_the_same_from_store_and_server(market: str, serving: Serving) -> None:
+    look = examples_of_client()[1]["look"]
+    of_store, of_server = look(market), look(serving(tapeline_store=market).base)
+    assert of_store.equals(of_server)
+    assert len(of_store) >= 4
+    assert of_store["net_premium"].notna().any()
 
 
 # -- the bus -------------------------------------------------------------------------------------

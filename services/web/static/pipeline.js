@@ -60,7 +60,8 @@ export function mount(element, app) {
       chips.get(name).show(found);
       if (RANK.indexOf(found.state) > RANK.indexOf(worst)) worst = found.state;
     }
-    const state = !now ? "waiting" : stale ? "stale" : worst;
+    // A chip that knows nothing (yet) makes the strip not old.
+    const state = !now ? "waiting" : stale ? "stale" : worst === "stale" ? "warn" : worst;
     element.dataset.state = state;
     put(overall, "text", ICONS[state] ?? "");
     put(overall, "class", `overall ${state}`);
