@@ -8,6 +8,7 @@ from the entry's time on the bus (its id, in ms) to the client's having it, in a
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -140,6 +141,7 @@ def _subscribe(sub: str, symbol: str) -> dict[str, Any]:
 
 
 def _clients(port: int, clients: int, seconds: int, found: Any) -> None:
+    gc.disable()  # what is kept until the end would be looked through again and again
     found_of = asyncio.run(_follow(port, clients, seconds, found))
     late, missing = [], 0
     for at, text in found_of:

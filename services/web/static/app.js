@@ -167,7 +167,8 @@ async function open(instrument, timeframe, step) {
   market.extra = indicators();
   say("", "");
   const names = state.meta?.timeframes ?? [timeframe];
-  await market.show(instrument.name, timeframe, names, { rolling: instrument.rolling !== false });
+  const { exchange } = instrument;
+  await market.show(instrument.name, timeframe, names, { rolling: instrument.rolling !== false, exchange });
   checkEmpty();
 }
 
@@ -182,7 +183,9 @@ async function identify(name) {
   }
   if (state.symbol?.name !== name) return;
   state.symbol = found ?? { name, underlying: null, rolling: null, unknown: true };
-  market.setRolling(state.symbol.rolling !== false);
+  // Several exchanges may have a symbol of this name: with the one that is on the bus it is asked for again.
+  if (found?.exchange && trouble && !market.bars.list.length) open(found, state.timeframe, false);
+  else market.setRolling(state.symbol.rolling !== false);
   state.tell("symbol");
   drawTimeframes();
   checkEmpty();

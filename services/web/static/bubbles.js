@@ -2,6 +2,17 @@
 
 const [LEAST, MOST] = [2, 9];
 
+/** Of labels that would cover each other the one of the larger volume. */
+function apart(labels, widthOf) {
+  const kept = [];
+  for (const label of [...labels].sort((a, b) => b.volume - a.volume)) {
+    const width = widthOf(label.text) + 4;
+    const free = ({ x, y, width: other }) => Math.abs(x - label.x) > (width + other) / 2 || Math.abs(y - label.y) > 12;
+    if (kept.every(free)) kept.push({ ...label, width });
+  }
+  return kept;
+}
+
 export class Bubbles {
   /**
    * @param {import("./marks.js").Marks} marks whose layer "big" is drawn
@@ -40,6 +51,7 @@ export class Bubbles {
     const largest = Math.max(...marks.map((mark) => mark.volume));
     context.font = `${10 * h}px ${this.font}`;
     context.textAlign = "center";
+    const labels = [];
     for (const { bar: at, side, volume, text } of marks) {
       const bar = byTime.get(at);
       if (!bar || at < first || at > last) continue;
@@ -57,7 +69,11 @@ export class Bubbles {
       context.fill();
       context.globalAlpha = 1;
       context.stroke();
-      if (text) context.fillText(text, x * h, (below ? y + radius + 11 : y - radius - 4) * v);
+      if (text) labels.push({ text, volume, x, y: below ? y + radius + 11 : y - radius - 4, colour: context.fillStyle });
+    }
+    for (const { text, x, y, colour } of apart(labels, (text) => context.measureText(text).width / h)) {
+      context.fillStyle = colour;
+      context.fillText(text, x * h, y * v);
     }
   }
 }

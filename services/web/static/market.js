@@ -48,6 +48,12 @@ export class Market extends EventTarget {
     return stepOf(this.timeframe);
   }
 
+  /** Its name for the API: of fixed candles with the exchange, because several may have the symbol. */
+  get series() {
+    const plain = isTicker(this.timeframe) || !this.exchange || this.symbol.includes(":");
+    return plain ? this.symbol : `${this.exchange}:${this.symbol}`;
+  }
+
   close() {
     this.#open.abort.abort();
     for (const sub of this.#open.subs) sub.close();
@@ -56,12 +62,12 @@ export class Market extends EventTarget {
   /**
    * Shows a symbol and timeframe. `until`: as it was before that instant, without live rows.
    * @param {string} symbol @param {string} timeframe @param {string[]} timeframes
-   * @param {{until?: number, rolling?: boolean}} options `rolling`: whether there are live seconds of it
+   * @param {{until?: number, rolling?: boolean, exchange?: string}} options `rolling`: whether there are live seconds
    */
-  async show(symbol, timeframe, timeframes, { until, rolling = true } = {}) {
+  async show(symbol, timeframe, timeframes, { until, rolling = true, exchange } = {}) {
     this.close();
     const open = (this.#open = { abort: new AbortController(), subs: [] });
-    Object.assign(this, { symbol, timeframe, timeframes, rolling, detached: until !== undefined, notice: "" });
+    Object.assign(this, { symbol, timeframe, timeframes, rolling, exchange, detached: until !== undefined, notice: "" });
     this.bars = new Bars(timeframe);
     this.big.clear();
     [this.heardAt, this.newest, this.#next, this.#loading] = [0, NaN, null, null];
@@ -114,14 +120,14 @@ export class Market extends EventTarget {
     for (let i = 0; !far && i < PAGES_TO_GO && at < this.bars.first?.at; i++) if (!(await this.older())) break;
     if (this.detached ? at > this.bars.last?.at : false) return this.now();
     if (!(at < this.bars.first?.at)) return undefined;
-    const { symbol, timeframe, timeframes, rolling } = this;
-    return this.show(symbol, timeframe, timeframes, { until: at + 0.4 * PAGE * this.step, rolling });
+    const { symbol, timeframe, timeframes, rolling, exchange } = this;
+    return this.show(symbol, timeframe, timeframes, { until: at + 0.4 * PAGE * this.step, rolling, exchange });
   }
 
   /** Back to the live end. */
   async now() {
-    const { symbol, timeframe, timeframes, rolling } = this;
-    if (this.detached) await this.show(symbol, timeframe, timeframes, { rolling });
+    const { symbol, timeframe, timeframes, rolling, exchange } = this;
+    if (this.detached) await this.show(symbol, timeframe, timeframes, { rolling, exchange });
   }
 
   /** More columns for the bars that are there. @param {string[]} columns */
@@ -136,7 +142,7 @@ export class Market extends EventTarget {
     let cursor;
     do {
       const page = await this.api.get("/candles", {
-        symbol: this.symbol, timeframe: this.timeframe, limit: Math.min(5000, this.mostRows), cursor, ...range,
+        symbol: this.series, timeframe: this.timeframe, limit: Math.min(5000, this.mostRows), cursor, ...range,
         columns: [bars.time, "revision", ...missing].join(","),
       }, open.abort.signal);
       for (const row of page.rows) {
@@ -149,7 +155,7 @@ export class Market extends EventTarget {
   }
 
   #page({ limit, until, cursor }) {
-    const { symbol, timeframe } = this;
+    const { series: symbol, timeframe } = this;
     const columns = [...columnsOf(timeframe), ...this.extra];
     const params = {
       symbol, timeframe, limit: Math.min(limit, this.mostRows), cursor, until: until === undefined ? "" : iso(until),
@@ -191,7 +197,7 @@ export class Market extends EventTarget {
   }
 
   #follow(open, id) {
-    const { symbol, timeframe } = this;
+    const { series: symbol, timeframe } = this;
     const seconds = timeframe === "seconds";
     const sub = this.live.subscribe({ channel: "candles", symbol, timeframe, history: HISTORY, after: id ?? "" }, {
       snapshot: (rows) => {
@@ -236,7 +242,7 @@ export class Market extends EventTarget {
     if (open !== this.#open || newest.rows.length === 0) return;
     const at = seconds(newest.rows[0].time);
     if (!(at + 1 <= this.newest)) this.newest = at + 1;
-    await forming.load(this.api, symbol, at, open.abort.signal);
+    await forming.load(this.api, this.series, at, open.abort.signal);
     if (open !== this.#open) return;
     let snapshots = 0;
     const take = (rows, live) => {
