@@ -49,6 +49,7 @@ from shared import (
     stores,
     usage,
 )
+from shared.api_rows import key_of
 from shared.bus import Bus
 from shared.cli import cli
 from shared.cli_run import EX_TEMPFAIL
@@ -58,7 +59,7 @@ from shared.plugins import GROUP
 from shared.postgres import connect, run
 from shared.settings import ALIASES, BIGQUERY_METHODS, SECTIONS, AlertRule, Settings, env_name, load
 from shared.stages import STAGES, readers
-from shared.tables import MESSAGE_TABLES
+from shared.tables import MESSAGE_TABLES, TABLES
 from tests.services.sink_sqlite.tape import Stage, bars, candles, fixed, rows, sinking, stored_seq
 from tests.serving import Served, Serving
 from tests.shared.test_reader_follow import deploy
@@ -479,6 +480,15 @@ def test_every_path_and_parameter_of_the_api_is_documented() -> None:
             names = {p["name"] for p in operation.get("parameters", ()) if p["in"] == "query"}
             assert names <= told | {"all", "q"}, path
     assert {"all=true", "q"} <= told
+    keys = {q: quoted(r[1]) for r in table_rows(sections(text)["Rows"]) for q in quoted(r[0])}
+    assert set(keys) == {
+        *(table.name for table in TABLES.values()),
+        "pressure_metrics",
+        "pressure_rollups",
+        "signals",
+        "gaps",
+    }
+    assert all(tuple(named) == key_of(table) for table, named in keys.items())
     body = described["/api/v1/signals/ack"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     known = app.create(Settings()).openapi()["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
     (asked,) = re.findall(r"-d '(\{[^']*\})' http://\S+/signals/ack$", text, re.M)

@@ -12,9 +12,7 @@ import { detailsOf } from "./pipeline-details.js";
 import { recall, remember } from "./store.js";
 
 const STALE_SECONDS = 6;
-// A stream that gets something once a minute makes its reader a minute late for the moment of reading: only a lag that
-// stays is one.
-const LAGS = 3;
+
 /** @param {HTMLElement} element @param {any} app */
 export function mount(element, app) {
   element.classList.add("pipeline");
@@ -45,8 +43,6 @@ export function mount(element, app) {
   element.dataset.testid = "pipeline-strip";
   element.append(toggle, details);
   let heard = performance.now();
-  /** @type {(number | null)[]} */
-  let lags = [];
   let spoken = "";
   let drawn = "";
 
@@ -56,7 +52,7 @@ export function mount(element, app) {
     const stale = now !== null && now !== undefined && (age > STALE_SECONDS || app.state.connection !== "live");
     let worst = "rest";
     for (const [name, , judge] of CHIPS) {
-      const found = now ? judge({ ...now, lag_seconds: settled(lags) }) : { state: "waiting", text: "–" };
+      const found = now ? judge(now) : { state: "waiting", text: "–" };
       chips.get(name).show(found);
       if (RANK.indexOf(found.state) > RANK.indexOf(worst)) worst = found.state;
     }
@@ -107,7 +103,6 @@ export function mount(element, app) {
 
   app.state.addEventListener("pipeline", () => {
     heard = performance.now();
-    lags = [...lags, app.state.pipeline.lag_seconds].slice(-LAGS);
     render();
   });
   app.state.addEventListener("connection", render);
@@ -119,8 +114,6 @@ export function mount(element, app) {
   });
   open(recall("pipeline.open", false));
 }
-
-const settled = (lags) => (lags.length === 0 || lags.includes(null) ? null : Math.min(...lags));
 
 function chipOf(name, title) {
   const icon = el("i", { "aria-hidden": "true" });

@@ -13,7 +13,7 @@ from shared.redis_server import EmbeddedRedis
 from tests.services.sink_sqlite.tape import Stage, gap, without_tail
 from tests.services.web.following import Client, Told
 from tests.serving import Served, Serving
-from tests.shared.test_reader_follow import BOTH, Place, deploy, second, server, store
+from tests.shared.test_reader_follow import Place, deploy, second, server, store
 from tests.wait import on_disk, until
 
 __all__ = ["server", "store"]
@@ -106,10 +106,7 @@ def test_a_tail_that_redis_lost_comes_again(
         until(lambda: (5, 0) in seconds(told) and (5, 0) in seconds(now), what="the next row")
 
 
-@BOTH
-def test_another_deployment_in_the_same_place(
-    store: Place, bus: Bus, serve: Callable[[Bus], Served], kind: str
-) -> None:
+def test_another_deployment_in_the_same_place(store: Place, bus: Bus, serve: Callable[[Bus], Served]) -> None:
     stage = Stage(bus)
     stage.put(*(second(n) for n in range(4)))
     with Client(serve(bus).ws) as client:
