@@ -10,10 +10,9 @@ from starlette.requests import HTTPConnection
 from shared.settings import Settings
 
 if TYPE_CHECKING:
-    from shared.store_pages import Pages
-
     from services.web.hub import Hub
     from services.web.pipeline import Pipeline
+    from shared.store_pages import Pages
 
 
 @dataclass(frozen=True)
