@@ -27,8 +27,6 @@ Row = dict[str, Any]
 _NOWHERE = Source("", "", 0, 0, "")
 _MESSAGES = {table.name: table for tables in MESSAGE_TABLES.values() for table in tables}
 _FLAGS = {0: False, 1: True}
-# What the stores make of another column by themselves.
-_TWINS = {"pressure_metrics": {"created_at": "timestamp_out"}}
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 
@@ -59,6 +57,15 @@ def key_of(table: str) -> tuple[str, ...]:
     if table in _MESSAGES:
         return _MESSAGES[table].key
     return next(t.key for t in TABLES.values() if t.name == table)
+
+
+def columns_of(table: str) -> tuple[str, ...]:
+    """The columns of a table's rows; a store may have others beside them, made of these."""
+    if table == "gaps":
+        return GAP_COLUMNS
+    if table in _MESSAGES:
+        return _MESSAGES[table].names
+    return next(t.columns for t in TABLES.values() if t.name == table)
 
 
 @lru_cache(maxsize=64)
@@ -135,7 +142,6 @@ def messages_of_frame(frame: Frame) -> dict[str, dict[str, Told]]:
     for name, read in batch.messages.items():
         table = _MESSAGES[name]
         columns = dict(zip(table.names, message_columns(FORM, message_records(table, read)), strict=True))
-        columns |= {twin: columns[of] for twin, of in _TWINS.get(name, {}).items()}
         made[name] = _by_underlying(tuple(columns), table.key, list(columns.values()))
     if batch.gaps:
         made["gaps"] = _by_underlying(GAP_COLUMNS, GAP_KEY, gaps(batch, FORM))

@@ -422,7 +422,7 @@ def _web_rules(web: Web) -> list[tuple[bool, str, str]]:
         (all(map(_HOST_NAME.fullmatch, web.hosts)), "web.hosts", "a list of host names without scheme and port"),
         (web.requests_per_second > 0, "web.requests_per_second", "above 0"),
         (web.connections >= 1, "web.connections", "at least 1"),
-        (web.max_rows >= 1000, "web.max_rows", "at least 1000, which is what an answer has by default"),
+        (web.max_rows >= 1, "web.max_rows", "at least 1"),
         (web.max_export_rows >= 1, "web.max_export_rows", "at least 1"),
     ]  # fmt: skip
 

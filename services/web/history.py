@@ -28,6 +28,7 @@ router = APIRouter(prefix="/api/v1", tags=["history"])
 
 # Rows of a file that are in memory at once; as Python sees them each is of some thousand bytes.
 PAGE_ROWS = 5000
+DEFAULT_ROWS = 1000
 _INSTANT = re.compile(
     r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d{1,9}))?\d*\s?(Z|[+ -]\d\d:?\d\d)?)?", re.IGNORECASE
 )
@@ -49,9 +50,10 @@ class Range(BaseModel):
         examples=["2026-11-21T14:00:00Z"],
     )  # fmt: skip
     until: Instant | None = Field(None, description="Only rows before this instant.", examples=["2026-11-22"])
-    limit: int = Field(
-        1000, ge=1, le=1 << 31,
-        description="At most so many rows: of JSON up to the setting web.max_rows, of files up to web.max_export_rows.",
+    limit: int | None = Field(
+        None, ge=1, le=1 << 31,
+        description="At most so many rows: 1000 by default, of JSON up to the setting web.max_rows, of files up to "
+        "web.max_export_rows.",
     )  # fmt: skip
     order: Literal["newest", "oldest"] = Field(
         "newest", description="`newest`: the last rows of the range, `next` leads back; `oldest`: the first ones, on."
@@ -270,12 +272,13 @@ async def _answer(request: Request, asked: Range, of: Table) -> Response:
         raise bad("since is later than until")
     format_ = formats.format_of(request, asked.format)
     most = web.settings.web.max_rows if format_ == JSON else web.settings.web.max_export_rows
-    if asked.limit > most:
+    limit = min(DEFAULT_ROWS, most) if asked.limit is None else asked.limit
+    if limit > most:
         how = "page by page with `cursor`, or as CSV or Parquet" if format_ == JSON else "file by file with `cursor`"
         raise bad(f"limit: at most {most} rows of {format_}; ask for more {how}")
     columns = formats.columns_asked(of.table, asked.columns, of.columns)
     ask = PageAsk(
-        of.table, of.where, since, until, asked.limit, asked.order, asked.cursor, columns, of.topic, of.above
+        of.table, of.where, since, until, limit, asked.order, asked.cursor, columns, of.topic, of.above
     )  # fmt: skip
     if format_ == JSON:
         page = await web.pages.page(ask)

@@ -15,7 +15,7 @@ import msgspec
 from services.web.channels import Subject
 from services.web.outbox import Bounds, Outbox
 from services.web.stream import Stream
-from shared.api_rows import rows_of_store
+from shared.api_rows import columns_of, rows_of_store
 from shared.batches import Cursor, CursorKey
 from shared.errors import TapelineError
 from shared.reader_feed import Feed
@@ -120,10 +120,13 @@ class Hub:
 
     async def _read(self, ask: SnapshotAsk) -> Snapshot:
         subject = ask.subject
+        table = subject.table
         page = await self._pages.page(
-            PageAsk(subject.table, subject.where, ask.since or None, limit=ask.last, topic=subject.topic)
+            PageAsk(
+                table, subject.where, ask.since or None, limit=ask.last, columns=columns_of(table), topic=subject.topic
+            )
         )
-        rows = rows_of_store(subject.table, page.rows)
+        rows = rows_of_store(table, page.rows)
         return Snapshot(msgspec.json.encode(rows).decode()[1:-1], page.cursors, page.next is not None)
 
     def _forget_snapshots(self, now: float) -> None:

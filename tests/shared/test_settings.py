@@ -85,7 +85,7 @@ LOCKED = {"TAPELINE_WEB_TOKEN": "long-enough"}
         ({"TAPELINE_WEB_HOSTS": "desk.example.com:80"}, "web.hosts must be"),
         ({"TAPELINE_WEB_REQUESTS_PER_SECOND": "0"}, "web.requests_per_second must be above 0"),
         ({"TAPELINE_WEB_CONNECTIONS": "0"}, "web.connections must be at least 1"),
-        ({"TAPELINE_WEB_MAX_ROWS": "999"}, "web.max_rows must be at least 1000"),
+        ({"TAPELINE_WEB_MAX_ROWS": "0"}, "web.max_rows must be at least 1"),
         ({"TAPELINE_WEB_MAX_EXPORT_ROWS": "0"}, "web.max_export_rows must be at least 1"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shared.api_rows import rows_of_store
+from shared.api_rows import columns_of, rows_of_store
 from shared.bus import Bus
 from shared.live import CLOSE_SHUTDOWN, CLOSE_TOO_MANY
 from shared.stores import read_rows
@@ -25,7 +25,7 @@ __all__ = ["store"]
 
 
 def held(store: Place, table: str, **where: Any) -> list[dict[str, Any]]:
-    return rows_of_store(table, read_rows(store.url, table, where))
+    return rows_of_store(table, read_rows(store.url, table, where, columns=columns_of(table)))
 
 
 def upserted(told: Told, *key: str) -> list[dict[str, Any]]:
