@@ -32,7 +32,7 @@ _FIRST_PAUSE = 0.05
 _BEGINNING = "1970-01-01T00:00:00Z"
 _events = msgspec.json.Decoder(live.AnyEvent)
 # Of an `error` that the server says: what another try may mend.
-_PASSING = frozenset({"unavailable", "rate_limited", "too_many", "overloaded"})
+_PASSING = frozenset({"too_many"})
 
 
 class Wish(NamedTuple):

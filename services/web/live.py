@@ -274,7 +274,7 @@ async def stream(
     events = Events(web, drop_of(request))
     place = last_event_id or after
     events.client.subscribe(
-        live.Subscribe("", channel, symbol, timeframe, 0 if place and not history else history, since, place)
+        live.Subscribe("", channel, symbol, timeframe, history, since, place)
     )
     return events
 

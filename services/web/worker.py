@@ -106,9 +106,18 @@ async def serve(app: FastAPI, listeners: list[socket.socket], stop: threading.Ev
 
 
 def log_quietly() -> None:
-    """Of the server only what went wrong: its other lines hold the path of each WebSocket."""
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    """Of the server only what went wrong: its other lines hold the path of each WebSocket.
+
+    A WebSocket that we refuse is not wrong, though the server takes it for a handshake that was left undone.
+    """
+    errors = logging.getLogger("uvicorn.error")
+    errors.setLevel(logging.WARNING)
+    errors.addFilter(_is_trouble)
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _is_trouble(record: logging.LogRecord) -> bool:
+    return "without completing handshake" not in record.getMessage()
 
 
 class Server(uvicorn.Server):

@@ -251,7 +251,7 @@ def _nothing(url: str, series: Series, ask: Ask, store: str) -> str:
     time = series.table.time
     newest = read_rows(url, series.table.name, series.where, last=1, columns=(time,))
     if not newest or (ask.since is None and ask.until is None):
-        return f"{of} in {store}: see its symbols and timeframes with `tapeline explain`, or another --store"
+        return f"{of} in {store}: name a symbol and timeframe that it has, or another --store"
     given = (("from", ask.since), ("until", ask.until))
     bounds = " ".join(f"{word} {re.sub(r'[.]0+Z$', 'Z', text)}" for word, text in given if text is not None)
     return f"{of} {bounds} in {store}; the newest is of {newest[0][time]}"

@@ -15,6 +15,7 @@ import { recall, remember } from "./store.js";
 const HISTORY = 500;
 const MOST = 3000; // held
 const OLDER = 1000;
+const MARKED = 1000; // emitted ones of the chart's underlying, which may go back further than the list
 const PAGE = 25; // shown, and more on demand
 const ACKS_MS = 20_000;
 const GRADES = ["EXTREME", "VERY_HIGH", "HIGH", "MODERATE", "LOW"];
@@ -48,6 +49,8 @@ class Signals {
     this.app = app;
     /** @type {Map<string, any>} */
     this.held = new Map();
+    /** @type {Map<string, any>} for the marks on the chart alone */
+    this.marked = new Map();
     this.acks = new Map();
     this.items = new Map();
     this.open = new Set();
@@ -59,7 +62,7 @@ class Signals {
     this.render = soon(() => this.#render());
     this.#build(element);
     this.#subscribe();
-    app.state.addEventListener("symbol", () => (this.#mark(), this.render()));
+    app.state.addEventListener("symbol", () => (this.#readMarked(), this.render()));
     app.state.addEventListener("connection", this.render);
     app.state.addEventListener("mark", (event) => event.detail.layer === "signals" && this.show(event.detail.id));
     setInterval(
@@ -159,6 +162,7 @@ class Signals {
           this.ready = true;
           this.message = "";
           this.#put(rows);
+          this.#readMarked();
         },
         rows: (rows) => this.#tell(this.#put(rows)),
         notice: ({ code, message }) => {
@@ -199,11 +203,26 @@ class Signals {
     if (fresh.length) this.alerts.refresh();
   }
 
+  async #readMarked() {
+    const underlying = this.app.state.symbol?.underlying;
+    this.marked.clear();
+    this.#mark();
+    if (!underlying) return;
+    try {
+      const page = await this.app.api.get("/signals", { underlying, status: "emitted", limit: MARKED });
+      if (underlying !== this.app.state.symbol?.underlying) return;
+      for (const row of page.rows) this.marked.set(keyOf(row), row);
+      this.#mark();
+    } catch {
+      // Those of the list are marked all the same.
+    }
+  }
+
   /** Those of the symbol on the chart, as marks: of a window and direction one, with the strongest's name. */
   #mark() {
     const underlying = this.app.state.symbol?.underlying;
     const groups = new Map();
-    for (const row of this.held.values()) {
+    for (const row of new Map([...this.marked, ...this.held]).values()) {
       if (row.underlying !== underlying || row.status !== "emitted" || row.grade === "LOW") continue;
       const name = `${row.time_window}|${row.direction}`;
       const group = groups.get(name);
@@ -223,8 +242,9 @@ class Signals {
 
   /** Opens a signal and brings it into view, whatever the filters say. */
   show(key) {
-    const row = this.held.get(key);
+    const row = this.held.get(key) ?? this.marked.get(key);
     if (!row) return;
+    this.held.set(key, row);
     this.open.add(key);
     if (!this.#wanted(row)) this.filter = { ...this.filter, status: "", grade: "", scope: "" };
     this.most = Math.max(this.most, this.#found().indexOf(row) + 1);

@@ -136,7 +136,9 @@ def test_another_name_is_refused_before_anything_else(locked: Served) -> None:
     assert refused.value.response.status_code == 421
 
 
-def test_a_page_of_another_site_neither_writes_nor_opens_a_websocket(served: Served) -> None:
+def test_a_page_of_another_site_neither_writes_nor_opens_a_websocket(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
     body = {"underlying": "ES", "time_window": "2026-11-21T14:30:00Z", "by": "ann"}
     for origin in ("https://evil.example", "null", f"{served.base}0", "http://127.0.0.1"):
         refused = served.ask("/api/v1/signals/ack", "POST", body, X_Tapeline="1", Origin=origin)
@@ -144,6 +146,7 @@ def test_a_page_of_another_site_neither_writes_nor_opens_a_websocket(served: Ser
         with pytest.raises(InvalidStatus) as ws, connect(served.ws, origin=origin):  # type: ignore[arg-type]
             pass
         assert ws.value.response.status_code == 403
+    assert not caplog.records, "whoever is refused cannot fill the log"
     assert served.ask("/api/v1/signals/ack", "POST", body, X_Tapeline="1", Origin=served.base).status == 200
     with connect(served.ws, origin=served.base):  # type: ignore[arg-type]
         pass
