@@ -273,9 +273,7 @@ async def stream(
         raise Problem(503, "too_many", f"{most} live connections are open: try again later", {"Retry-After": "5"})
     events = Events(web, drop_of(request))
     place = last_event_id or after
-    events.client.subscribe(
-        live.Subscribe("", channel, symbol, timeframe, history, since, place)
-    )
+    events.client.subscribe(live.Subscribe("", channel, symbol, timeframe, history, since, place))
     return events
 
 
