@@ -12,7 +12,7 @@ import pytest
 
 from shared.acks import signal_acks
 from shared.bus import Bus
-from shared.frames import NS, TICK, TRADE, Frame, Rows, iso, ns_of
+from shared.frames import NS, TICK, TRADE, Frame, Rows, ns_of
 from shared.instruments import partition_of
 from shared.messages import Gap, encode
 from shared.stores import read_rows
@@ -73,7 +73,10 @@ def agrees(seen: Seen, symbol: str = "ES", seconds: int = 0) -> int:
     """The page's rolling rows (of its last `seconds`) are the store's, none missing and none else; how many."""
 
     def told() -> bool:
-        return bool(rows) and rows[-1]["time"] >= f"{iso(shown[-1]['at'] * NS)[:19]}Z"
+        """Whether the store has got as far: with each row, and with each correction."""
+        revisions = {ns_of(row["time"]) // NS: row["revision"] for row in rows}
+        newest = shown[-1]["at"]
+        return newest in revisions and all(revisions.get(b["at"], b["revision"]) >= b["revision"] for b in shown)
 
     shown = seen.value("t.market.bars.list.filter(b => !b.forming)")
     since = (shown[-1]["at"] - seconds if seconds else shown[0]["at"]) * NS
