@@ -30,12 +30,14 @@ SHOWN = ("open", "high", "low", "close", "volume", "ask_volume", "bid_volume", "
 
 
 def newest_trades(bus: Bus, root: str = "ES") -> Rows:
-    """The newest trades of a root's futures that went over the bus, oldest first."""
+    """The newest trades of a root's front future that went over the bus, oldest first."""
     partition = partition_of(root, PARTITIONS)
     entries = bus.client.xrevrange(bus.keys.stream(partition, "ticks"), count=400)
     bodies = [fields[b"body"] for _, fields in entries if fields[b"kind"] == b"trade"]
     rows = np.frombuffer(b"".join(reversed(bodies)), TICK)
-    return rows[(rows["kind"] == TRADE) & (rows["price"] > 1000)]  # its options cost less
+    rows = rows[(rows["kind"] == TRADE) & (rows["price"] > 1000)]  # its options cost less
+    contracts, counts = np.unique(rows["instrument"], return_counts=True)
+    return rows[rows["instrument"] == contracts[counts.argmax()]]  # the ticker's rows are of the front alone
 
 
 def say(bus: Bus, kind: str, body: bytes, at_ns: int, root: str = "ES") -> None:
