@@ -3,6 +3,7 @@
 TapelineError                 exit 1
 ├── ConfigError               exit 78: the settings are wrong; a supervisor must not restart
 │   ├── AuthError             a vendor or a server refused the credentials
+│   ├── StoreUnusable         the store of the settings cannot be read as it is
 │   └── VersionError          data written by a newer Tapeline than this one
 ├── SourceError               a tape cannot be read (truncated, another schema, garbage)
 ├── Unavailable               wait and try again: a server did not answer
@@ -34,6 +35,10 @@ class ConfigError(TapelineError):
 
 class AuthError(ConfigError):
     """Credentials were refused."""
+
+
+class StoreUnusable(ConfigError):
+    """What the settings name as the store is none, or lacks what is read from it."""
 
 
 class VersionError(ConfigError):

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import asyncpg
 
-from shared.errors import AuthError, ConfigError, StoreUnavailable, TapelineError
+from shared.errors import AuthError, StoreUnavailable, StoreUnusable, TapelineError
 from shared.stores import redact
 
 CONNECT_SECONDS = 10.0
@@ -34,7 +34,7 @@ _PASSING = ("08", "40", "53", "57", "58")
 _PASSING_STATES = ("55006", "55P03", "25006", "25P03")
 
 
-class DatabaseMissing(ConfigError):
+class DatabaseMissing(StoreUnusable):
     """The server has no such database (SQLSTATE 3D000), so it holds nothing."""
 
 
@@ -53,7 +53,7 @@ async def connect(url: str, *, timeout: float = CONNECT_SECONDS, command_timeout
     """An asyncpg connection; the caller closes it. `command_timeout`: seconds that a statement may take.
 
     Statements are not kept, for behind a pooler the next transaction may be on another server connection. Raises
-    AuthError, ConfigError, StoreUnavailable.
+    AuthError, StoreUnusable, StoreUnavailable.
     """
     with errors(url):
         return await asyncpg.connect(
@@ -65,7 +65,7 @@ async def pool(url: str, size: int) -> Any:
     """A pool of at most `size` such connections, none open yet; acquire with a timeout, inside `errors`.
 
     A statement may take CONNECT_SECONDS, unless it says another time itself. A connection goes back as it is: nothing
-    may outlive a transaction. Raises ConfigError.
+    may outlive a transaction. Raises StoreUnusable.
     """
     with errors(url):
         return await asyncpg.create_pool(
@@ -89,7 +89,7 @@ def _dsn(url: str) -> str:
 def errors(url: str) -> Iterator[None]:
     """Errors of asyncpg as the program's own, each one line without credentials.
 
-    What passes by itself becomes StoreUnavailable, what the settings must mend ConfigError or AuthError, all else
+    What passes by itself becomes StoreUnavailable, what the settings must mend StoreUnusable or AuthError, all else
     TapelineError. Errors about a row (SQLSTATE classes 22 and 23) pass unchanged.
     """
     try:
@@ -100,10 +100,10 @@ def errors(url: str) -> Iterator[None]:
         _translate(url, error)
     except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError, EOFError) as error:
         if isinstance(error, asyncpg.ClientConfigurationError):
-            raise ConfigError(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
+            raise StoreUnusable(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
         raise StoreUnavailable(f"{where(url)} does not answer ({_line(error)})") from None
     except (ValueError, OverflowError) as error:  # what asyncpg finds wrong with a URL
-        raise ConfigError(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
+        raise StoreUnusable(f"{redact(url)} is no URL that PostgreSQL's client takes ({_line(error)})") from None
 
 
 def _translate(url: str, error: asyncpg.PostgresError) -> NoReturn:
@@ -111,7 +111,7 @@ def _translate(url: str, error: asyncpg.PostgresError) -> NoReturn:
     if state in _REFUSED:
         raise AuthError(f"{at} refuses the user: check the name and password in TAPELINE_STORE ({_line(error)})")
     if state in _MISSING:
-        kind = DatabaseMissing if state == "3D000" else ConfigError
+        kind = DatabaseMissing if state == "3D000" else StoreUnusable
         raise kind(f"{at}: {_line(error)}; {_MISSING[state]}")
     if state[:2] in _PASSING or state in _PASSING_STATES:
         raise StoreUnavailable(f"{at} does not take part now ({_line(error)})")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from shared.errors import ConfigError, StoreUnavailable
+from shared.errors import StoreUnavailable, StoreUnusable
 from shared.frames import NS, iso, ns_of
 from shared.stores import EXCHANGES, Slice, distinct_sql, in_order, known, not_before, order_of, page_order, parse
 from shared.tables import time_column
@@ -22,7 +22,7 @@ BUSY_SECONDS = 5.0
 def reading(path: Path) -> Iterator[sqlite3.Connection | None]:
     """A read-only connection in autocommit mode, None where the file does not exist.
 
-    Raises StoreUnavailable, ConfigError for a file that is no store.
+    Raises StoreUnavailable, StoreUnusable for a file that is no store.
     """
     if not path.exists():
         yield None
@@ -35,7 +35,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection | None]:
     except sqlite3.OperationalError as error:
         raise StoreUnavailable(f"SQLite {path} cannot be read now ({error})") from None
     except sqlite3.DatabaseError as error:
-        raise ConfigError(f"SQLite {path} cannot be read ({error}): name another file in TAPELINE_STORE") from None
+        raise StoreUnusable(f"SQLite {path} cannot be read ({error}): name another file in TAPELINE_STORE") from None
     finally:
         if connection is not None:
             connection.close()

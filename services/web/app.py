@@ -135,6 +135,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     said = []
     for found in error.errors()[:3]:
-        where = ".".join(str(part) for part in found["loc"][1:]) or str(found["loc"][0])
+        place, *names = found["loc"]
+        # Of a body that is no JSON the place is a number of characters.
+        where = ".".join(name for name in names if isinstance(name, str)) or str(place)
         said.append(f"{where}: {found['msg']}")
     return Problem(400, "bad_request", " ".join("; ".join(said).split())).answer()

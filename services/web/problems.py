@@ -8,7 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from shared.errors import AuthError, ConfigError, TapelineError, Unavailable
+from shared.errors import AuthError, ConfigError, StoreUnusable, TapelineError, Unavailable
 
 
 class Json(Response):
@@ -59,6 +59,6 @@ def problem_of(error: TapelineError, *, asked: bool) -> Problem:
         return error
     if isinstance(error, Unavailable):
         return Problem(503, "unavailable", str(error), {"Retry-After": "1"})
-    if isinstance(error, ConfigError) and not isinstance(error, AuthError) and asked:
+    if isinstance(error, ConfigError) and not isinstance(error, AuthError | StoreUnusable) and asked:
         return bad(str(error))
     return Problem(503, "unavailable", str(error), {"Retry-After": "10"})

@@ -21,7 +21,7 @@ from services.web.places import Place, place_of_store
 from services.web.stream import Entry, Stream, next_cursor, order_of
 from shared.api_rows import Told, key_of
 from shared.batches import Cursor
-from shared.errors import ConfigError, TapelineError, Unavailable
+from shared.errors import ConfigError, StoreUnusable, TapelineError, Unavailable
 from shared.live import Error, Notice, Resumed
 from shared.tables import GAP_KEY, time_column
 
@@ -82,7 +82,7 @@ class Subscription:
                     self.told(self._stream.trouble)
                     return
                 why = BEHIND
-            except Unavailable as error:
+            except (Unavailable, StoreUnusable) as error:
                 why = str(error)
             except ConfigError as error:
                 self.failed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -164,6 +165,17 @@ REFUSED = {
     "signals?grade=": "grade",
     "gaps?feed=%01": "feed",
 }
+
+
+def test_a_store_that_cannot_be_read_is_not_the_callers_fault(serving: Serving, tmp_path: Path) -> None:
+    (tmp_path / "bad.db").write_text("no database, but long enough to be taken for one")
+    served = serving(tapeline_store=f"sqlite:///{tmp_path / 'bad.db'}")
+    for path in ("candles?symbol=ES", "signals", "candles?symbol=ES&format=csv"):
+        answer = served.ask(f"/api/v1/{path}")
+        assert (answer.status, answer.json["error"]["code"]) == (503, "unavailable"), path
+        assert "bad.db cannot be read" in answer.json["error"]["message"]
+    health = served.ask("/health").json
+    assert health["status"] == "degraded"
 
 
 def test_what_cannot_be_asked_is_said_in_one_line(served: Served) -> None:
