@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.api_rows import rows_of_store
+from shared.api_rows import columns_of, rows_of_store
 from shared.client import Instant, as_text, tapeline_client
 from shared.errors import ConfigError
 from shared.frames import PACKED
@@ -152,7 +152,7 @@ def _read(
 ) -> Any:
     if kind not in (PANDAS, POLARS):
         raise ConfigError(f"kind = '{kind}': pandas or polars")
-    held = _columns(asked.table)
+    held = columns_of(asked.table)
     for name in columns or ():
         if name not in held:
             raise ConfigError(f"{asked.table} has no column '{name}'; it has: {', '.join(held)}")
@@ -207,7 +207,7 @@ def _sorts(table: str) -> dict[str, str]:
         found = {name: "integer" if name.endswith("_ns") else "text" for name in GAP_COLUMNS}
     elif table in (bars := {t.name: kind for kind, t in TABLES.items()}):
         kinds = {name: PACKED[bars[table]][name].kind for name in PACKED[bars[table]].names or ()}
-        found = {name: {"f": "real", "i": "integer"}.get(kinds.get(name, ""), "text") for name in _columns(table)}
+        found = {name: {"f": "real", "i": "integer"}.get(kinds.get(name, ""), "text") for name in columns_of(table)}
         found |= {"complete": "boolean", "latency_ms": "real"}
         found |= dict.fromkeys(_OPEN & found.keys(), "integer?")
     else:
@@ -215,14 +215,6 @@ def _sorts(table: str) -> dict[str, str]:
         found = {c.name: "integer?" if c.sort == "integer" and c.null else c.sort for c in columns}
     units = {name: instant_unit(table, name) for name in found}
     return found | {name: "ns" if unit == "ns" else "us" for name, unit in units.items() if unit}
-
-
-def _columns(table: str) -> tuple[str, ...]:
-    if table == "gaps":
-        return GAP_COLUMNS
-    of_bars = {t.name: t.columns for t in TABLES.values()}
-    of_messages = {t.name: t.names for tables in MESSAGE_TABLES.values() for t in tables}
-    return (of_bars | of_messages)[table]
 
 
 def _instants(values: Sequence[str], unit: str) -> NDArray[np.datetime64]:
