@@ -61,7 +61,8 @@ export class Chart extends EventTarget {
     this.labels = [];
     this.hatch = new Hatch(() => this.market.bars.list, () => this.still.matches);
     this.price.attachPrimitive(this.hatch);
-    this.marks = new Marks(this.price, () => this.market.bars);
+    const spacing = () => this.chart.timeScale().options().barSpacing;
+    this.marks = new Marks(this.price, () => this.market.bars, spacing);
     this.bubbles = new Bubbles(this.marks, () => this.market.bars);
     this.price.attachPrimitive(this.bubbles);
     this.#listen();
@@ -88,6 +89,7 @@ export class Chart extends EventTarget {
     });
     chart.timeScale().subscribeVisibleLogicalRangeChange((range) => {
       if (range && range.from < NEAR_EDGE && market.bars.list.length) this.#tell("edge");
+      this.marks.rescaled();
       this.#tell("range");
     });
     this.theme.addEventListener("change", () => this.paint());

@@ -7,6 +7,8 @@ import { number } from "./format.js";
 import { startOf, windowOf } from "./timeframes.js";
 
 const MOST = 400;
+/** About the width of a letter of a label, pixels. */
+const LETTER = 7;
 /** Of the big trades the largest are labelled: those from this quantile on. */
 const LABELLED = 0.95;
 
@@ -17,9 +19,13 @@ const LABELLED = 0.95;
  */
 
 export class Marks {
-  /** @param {any} series the price series @param {() => import("./bars.js").Bars} bars */
-  constructor(series, bars) {
+  /**
+   * @param {any} series the price series @param {() => import("./bars.js").Bars} bars
+   * @param {() => number} spacing pixels from candle to candle
+   */
+  constructor(series, bars, spacing) {
     this.bars = bars;
+    this.spacing = spacing;
     this.colours = {};
     /** @type {Map<string, Mark[]>} */
     this.layers = new Map();
@@ -30,6 +36,7 @@ export class Marks {
 
   #plugin;
   #due = 0;
+  #drawnWith = 0;
 
   /** @param {string} layer @param {Mark[]} marks */
   set(layer, marks) {
@@ -52,6 +59,11 @@ export class Marks {
     });
   }
 
+  /** Candles may stand closer now, or further apart. */
+  rescaled() {
+    if (this.spacing() !== this.#drawnWith) this.refresh();
+  }
+
   /** The marks of a layer, none while it is hidden. @param {string} layer */
   visible(layer) {
     return this.hidden.has(layer) ? [] : (this.layers.get(layer) ?? []);
@@ -67,8 +79,22 @@ export class Marks {
       for (const [mark, bar] of snapped.slice(-MOST)) out.push(this.#marker(layer, mark, bar));
     }
     out.sort((a, b) => a.time - b.time);
+    this.#thin(out, bars);
     this.shown = out.length + this.visible("big").length;
     this.#plugin.setMarkers(out);
+  }
+
+  /** Of labels that would cover each other the earlier one. */
+  #thin(markers, bars) {
+    this.#drawnWith = this.spacing();
+    const ends = { belowBar: -Infinity, aboveBar: -Infinity };
+    for (const marker of markers) {
+      if (!marker.text) continue;
+      const x = bars.indexAt(marker.time) * this.#drawnWith;
+      const half = (marker.text.length * LETTER) / 2;
+      if (x - half < ends[marker.position]) marker.text = "";
+      else ends[marker.position] = x + half + LETTER;
+    }
   }
 
   #marker(layer, mark, bar) {
