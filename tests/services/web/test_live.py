@@ -266,9 +266,11 @@ def test_without_history_nothing_of_the_store_is_needed(
         stages[2].put(second(1))
         until(lambda: told.live, what="a row")
         assert time.monotonic() - began < 5
-        refused = client.subscribe("b", symbol="ES", timeframe=timeframe, history=5)
-        assert client.other()["code"] == "bad_request"
-        assert not refused.rows
+        waits = client.subscribe("b", symbol="ES", timeframe=timeframe, history=5)
+        until(lambda: waits.notices, what="a notice")
+        assert waits.notices[0][0] == "waiting"
+        assert "no.db cannot be read" in waits.notices[0][1]
+        assert not waits.rows
 
 
 def test_a_store_without_snapshots_says_so_and_is_live(serving: Serving, bus: Bus) -> None:
