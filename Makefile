@@ -7,7 +7,7 @@ EMULATOR := .venv-bqemulator
 
 .PHONY: demo test check bench setup clean
 # What uv installs is not compiled. Where nobody may keep byte code either, each start of each process compiles
-# all that it imports: a worker then takes three times as long to start, the tests twice as long.
+# all that it imports: for an aggregate worker 2.0 s of CPU instead of 0.7.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
