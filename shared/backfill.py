@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import msgspec
 import numpy as np
 
-from shared.batches import Batch, Item, Rewind, batch_of
+from shared.batches import BACKFILL, Batch, Item, Rewind, batch_of
 from shared.batches import Source as Place
 from shared.errors import StoreUnavailable
 from shared.frames import CANDLE, NS, ROW_KINDS, TICK_FRAMES, Frame, Rows, tick_frame
@@ -65,7 +65,7 @@ class Grouped(Protocol):
 def identity(tapes: Sequence[Playable]) -> str:
     """The identity of a backfill in the store: the same for the same tapes, in any order."""
     names = sorted(f"{tape.feed}:{tape.tape}" for tape in tapes)
-    return "backfill-" + blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+    return BACKFILL + blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
 
 
 def run(tapes: Sequence[Playable], settings: Settings, tell: Tell, stop: threading.Event) -> Summary:

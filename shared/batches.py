@@ -25,6 +25,7 @@ from shared.timeframes import LONGEST_SEC
 
 DEAD_BYTES = 48 << 10
 DEAD_NAMES = 1000
+BACKFILL = "backfill-"  # what a backfill writes under instead of a bus's identity begins so
 _NEVER, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from services.web.channels import topic_of
 from services.web.problems import bad
-from shared.batches import Cursor, CursorKey
+from shared.batches import BACKFILL, Cursor, CursorKey
 from shared.errors import Unavailable
 from shared.sink_tail import START
 
@@ -63,10 +63,10 @@ def place_of_store(
 
     A partition that the store has no cursor of is read from its start. But a sink that comes from another bus (whose
     cursors are here; or `was`) may still write rows of that one, until it stores of this one: of some partition, and of
-    each that has `begun`.
+    each that has `begun`. A backfill is no bus, and has nothing in hand.
     """
     held = {p: c for (b, t, p), c in cursors.items() if b == bus and t == topic and p < partitions}
-    others = {was, *(b for b, t, _ in cursors if t == topic)} - {"", bus}
+    others = {was, *(b for b, t, _ in cursors if t == topic and not b.startswith(BACKFILL))} - {"", bus}
     if others and not (held and held.keys() >= set(begun)):
         return None
     return Place(bus, topic, {p: held.get(p, Cursor(0, START)) for p in range(partitions)})

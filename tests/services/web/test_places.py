@@ -50,3 +50,7 @@ def test_the_place_of_a_snapshot() -> None:
     assert place_of_store({}, "candles", "b", 2, [], was="a") is None
     assert place_of_store(other | held, "candles", "b", 2, [0, 1]) is None
     assert place_of_store(other | held, "candles", "b", 2, [1]) == Place("b", "candles", {0: start, 1: nine})
+    # What was backfilled came from no bus, so that there is nothing to wait for.
+    filled = cursors(("backfill-4fb882f8ee51b4bd", "candles", 0))
+    assert place_of_store(filled, "candles", "b", 2, []) == Place("b", "candles", {0: start, 1: start})
+    assert place_of_store(filled | other, "candles", "b", 2, []) is None
