@@ -148,6 +148,8 @@ def run_redis(settings: Settings) -> NoReturn:
 
 
 def _run_service(settings: Settings, name: str, args: tuple[str, ...]) -> None:
+    from shared import metrics
+    from shared.cli import version
     from shared.supervise import find_bus
 
     function = registry.service(name)
@@ -163,6 +165,7 @@ def _run_service(settings: Settings, name: str, args: tuple[str, ...]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, asked)
     try:
+        metrics.serve(settings, name, version())
         function(settings, stop, args)
     except TapelineError:
         raise

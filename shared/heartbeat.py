@@ -9,10 +9,15 @@ from typing import Any
 import msgspec
 
 from shared.bus import Bus
+from shared.progress import Progress
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """A worker's last sign of life: `at_ms` by Redis's clock, what it owns, and what it has counted since its start."""
+    """A worker's last sign of life: `at_ms` by Redis's clock, what it owns, and what it has counted since its start.
+
+    `name`: what its supervisor calls it, empty without one. `stalled_ms`: how long its slowest `part` had not gone on
+    then (shared.progress). `metrics`: host:port, empty where it serves none.
+    """
 
     worker: str
     service: str
@@ -22,6 +27,19 @@ class Beat(msgspec.Struct, frozen=True):
     partitions: list[int] = []
     detail: str = ""
     counters: dict[str, int] = {}
+    name: str = ""
+    stalled_ms: int = 0
+    part: str = ""
+    metrics: str = ""
+
+
+_metrics = ""
+
+
+def metrics_are_at(address: str) -> None:
+    """This process's metrics are at host:port: every heartbeat says so from now on."""
+    global _metrics  # noqa: PLW0603 - there is one a process
+    _metrics = address
 
 
 def redis_now_ms(bus: Bus) -> int:
@@ -41,11 +59,16 @@ def beat(
     partitions: list[int] | None = None,
     detail: str = "",
     counters: dict[str, int] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Write this worker's heartbeat; returns Redis's time in ms."""
     now = redis_now_ms(bus)
     owned = sorted(partitions or [])
-    message = Beat(worker, service, socket.gethostname(), os.getpid(), now, owned, detail, counters or {})
+    part, stalled = progress.slowest() if progress else ("", 0.0)
+    message = Beat(
+        worker, service, socket.gethostname(), os.getpid(), now, owned, detail, counters or {},
+        os.environ.get("SUPERVISOR_PROCESS_NAME", ""), int(stalled * 1000), part, _metrics,
+    )  # fmt: skip
     bus.call("hset", bus.keys.workers, worker, msgspec.json.encode(message))
     return now
 

@@ -2,7 +2,8 @@
 
 Order, later wins: defaults here, the TOML file (`--config`, `TAPELINE_CONFIG`, `./tapeline.toml`),
 the environment. Every setting `section.name` has the environment variable `TAPELINE_SECTION_NAME`
-(section `tapeline` has none: `TAPELINE_NAME`); some have the older names of `ALIASES` too.
+(section `tapeline` has none: `TAPELINE_NAME`); some have the older names of `ALIASES` too. With `_FILE` behind it, a
+variable names a file that holds the value, as container secrets do.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from shared.timeframes import seconds_of
 
 
 class Tapeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What holds for the whole deployment."""
+    """What holds for the whole deployment. `log_levels`: of modules that log otherwise (services.ingest=DEBUG)."""
 
     partitions: int = 8
     namespace: str = "md"
     state_dir: str = "./.tapeline"
     store: str = "sqlite:///tapeline.db"
     log_level: str = "INFO"
+    log_levels: dict[str, str] = msgspec.field(default_factory=dict)
     log_format: str = "auto"
     feeds: tuple[str, ...] = ("synthetic",)
 
@@ -238,7 +240,8 @@ class BigQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Web(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The page and its API. `port` 0: `up` serves none. Beyond the loopback it wants a `token`.
+    """The page and its API. `port` 0: `up` serves none. Beyond the loopback it wants a `token`, or a `trusted_network`:
+    whoever reaches it may read it (a container whose port is published on the loopback).
 
     `hosts`: names beside `host` under which it may be asked for (of a proxy before it). `cors_origins`: pages of others
     that may read the API. A client may ask `requests_per_second`, all together hold `connections` live ones. `max_rows`
@@ -248,12 +251,26 @@ class Web(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
     token: str = ""
+    trusted_network: bool = False
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     requests_per_second: float = 50.0
     connections: int = 500
     max_rows: int = 10_000
     max_export_rows: int = 1_000_000
+
+
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Each worker serves its metrics from the first free port from `port` on; 0: none does."""
+
+    host: str = "127.0.0.1"
+    port: int = 9464
+
+
+class Health(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker that has not gone on for `stalled_seconds` is unhealthy; a heartbeat ages as a lease does."""
+
+    stalled_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -275,6 +292,8 @@ class Settings:
     timescale: Timescale = Timescale()
     bigquery: BigQuery = BigQuery()
     web: Web = Web()
+    metrics: Metrics = Metrics()
+    health: Health = Health()
     origin: dict[str, str] = field(default_factory=dict)
 
 
@@ -331,6 +350,7 @@ def load(config: str | None = None, environ: dict[str, str] | None = None) -> Se
                 values[section][name] = value
                 origin[f"{section}.{name}"] = f"file {path}"
     by_env = {env_name(f"{s}.{f}"): f"{s}.{f}" for s, kind in SECTIONS.items() for f in kind.__struct_fields__}
+    env, from_file = _with_files(env, {*ALIASES, *by_env})
     for variable, text in sorted(env.items(), key=lambda item: item[0].startswith("TAPELINE_")):
         setting = ALIASES.get(variable) or by_env.get(variable)
         if setting is None:
@@ -343,7 +363,7 @@ def load(config: str | None = None, environ: dict[str, str] | None = None) -> Se
             continue
         section, name = setting.split(".")
         values[section][name] = _from_text(SECTIONS[section], name, text, variable)
-        origin[setting] = f"env {variable}"
+        origin[setting] = from_file.get(variable, f"env {variable}")
     built: dict[str, Any] = {}
     for section, kind in SECTIONS.items():
         try:
@@ -356,6 +376,29 @@ def load(config: str | None = None, environ: dict[str, str] | None = None) -> Se
     settings = Settings(**built, origin=origin)
     _check(settings)
     return settings
+
+
+def _with_files(env: dict[str, str], variables: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(environment with what `NAME_FILE` variables point to as NAME, where each of those came from).
+
+    So that a secret can come as a file. Raises ConfigError.
+    """
+    found, origin = dict(env), dict[str, str]()
+    for name in variables:
+        path = env.get(f"{name}_FILE", "")
+        if not path:
+            found.pop(f"{name}_FILE", None)
+            continue
+        if name in env:
+            raise ConfigError(f"environment: {name} and {name}_FILE are both set; keep one of them")
+        try:
+            found[name] = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigError(f"env {name}_FILE: cannot read {path}: {why}") from None
+        del found[f"{name}_FILE"]
+        origin[name] = f"file {path} (env {name}_FILE)"
+    return found, origin
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -415,7 +458,7 @@ def _web_rules(web: Web) -> list[tuple[bool, str, str]]:
         (0 <= web.port <= 65535, "web.port", "between 0 (no page) and 65535"),
         (not web.token or _TOKEN.fullmatch(web.token) is not None, "web.token",
          "at least 8 letters, digits or -._~+/="),
-        (bool(web.token) or is_loopback(web.host), "web.token",
+        (bool(web.token) or web.trusted_network or is_loopback(web.host), "web.token",
          f"set (TAPELINE_WEB_TOKEN), since web.host {web.host} can be reached from other machines"),
         (all(map(_ORIGIN.fullmatch, web.cors_origins)), "web.cors_origins",
          "a list of scheme://host[:port], such as https://desk.example.com"),
@@ -477,6 +520,11 @@ def _check(s: Settings) -> None:
         (s.bigquery.batch_rows >= 1, "bigquery.batch_rows", "at least 1"),
         (s.bigquery.batch_ms >= 1, "bigquery.batch_ms", "at least 1"),
         (s.bigquery.ticks_expire_days >= 0, "bigquery.ticks_expire_days", "0 (never) or more"),
+        (bool(s.metrics.host.strip()), "metrics.host", "an address of this machine (0.0.0.0: all of them)"),
+        (0 <= s.metrics.port <= 65535, "metrics.port", "between 0 (no metrics) and 65535"),
+        (s.health.stalled_seconds >= 5, "health.stalled_seconds", "at least 5"),
+        (set(s.tapeline.log_levels.values()) <= set(LOG_LEVELS), "tapeline.log_levels",
+         "MODULE=LEVEL, the levels DEBUG, INFO, WARNING or ERROR"),
         *_web_rules(s.web),
     ]  # fmt: skip
     for fine, setting, want in rules:

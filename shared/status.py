@@ -47,7 +47,10 @@ class Stream(msgspec.Struct, frozen=True):
 
 
 class WorkerState(msgspec.Struct, frozen=True):
-    """A worker as its heartbeat tells; dead when the heartbeat is older than a lease."""
+    """A worker as its heartbeat tells; dead when the heartbeat is older than a lease.
+
+    `stalled_seconds`: how long its slowest `part` has not gone on. See shared.heartbeat.Beat for `name`, `metrics`.
+    """
 
     worker: str
     service: str
@@ -57,6 +60,10 @@ class WorkerState(msgspec.Struct, frozen=True):
     age_seconds: float
     partitions: list[int]
     detail: str
+    name: str
+    stalled_seconds: float
+    part: str
+    metrics: str
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -127,7 +134,12 @@ class Reader:
             b = msgspec.json.decode(body, type=Beat)
             age = max(0, now_ms - b.at_ms)
             alive = age <= self.lease_ms
-            out.append(WorkerState(b.worker, b.service, b.host, b.pid, alive, age / 1000, b.partitions, b.detail))
+            out.append(
+                WorkerState(
+                    b.worker, b.service, b.host, b.pid, alive, age / 1000, b.partitions, b.detail, b.name,
+                    (age + b.stalled_ms) / 1000 if b.part or not alive else 0.0, b.part, b.metrics,
+                )
+            )  # fmt: skip
         return sorted(out, key=lambda w: (w.service, w.worker))
 
     def counters(self) -> dict[str, dict[str, int]]:

@@ -315,7 +315,9 @@ def environment(settings: Settings, config: str | None) -> dict[str, str]:
         for name in kind.__struct_fields__:
             value = getattr(getattr(settings, section), name)
             if value != getattr(getattr(loaded, section), name):
-                env[env_name(f"{section}.{name}")] = _text(value)
+                variable = env_name(f"{section}.{name}")
+                env[variable] = _text(value)
+                env.pop(f"{variable}_FILE", None)
     env["TAPELINE_STATE_DIR"] = str(layout(settings).state)
     return env
 
