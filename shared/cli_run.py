@@ -79,6 +79,7 @@ def run(app: App, service: str, args: tuple[str, ...]) -> None:
     pressure              option pressure
     signals               what is worth a look in it, and plug-ins
     alerts                sends what matters to the channels of [alerts]
+    supervisor-alerts     the same of workers that supervisord gives up: its event listener
     sink-sqlite           the SQLite store
     sink-timescale        the PostgreSQL or TimescaleDB store; several share it
     sink-bigquery         the BigQuery store; one writes, others stand by

@@ -27,6 +27,7 @@ SERVICES = {
     "pressure": "services.pressure.worker:run",
     "signals": "services.signals.worker:run",
     "alerts": "services.alerts.worker:run",
+    "supervisor-alerts": "services.alerts.supervisor:run",
     "sink-sqlite": "services.sink_sqlite.worker:run",
     "sink-timescale": "services.sink_timescale.worker:run",
     "sink-bigquery": "services.sink_bigquery.worker:run",

@@ -33,6 +33,7 @@ COMMAND = (*PYTHON, "shared.cli")
 # in an orderly stop, and all of it stays within 10 s: workers together, then Redis.
 STOP_SECONDS = 7
 REDIS_STOP_SECONDS = 2
+LISTENER = "supervisor-alerts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,11 @@ def _exchanges(settings: Settings) -> list[str]:
     return list(found)
 
 
-def render(chosen: list[Program], state: str, socket: str, command: tuple[str, ...]) -> str:
-    """The supervisord configuration; `%` of supervisord's own expansions in `state` and `socket` is kept."""
+def render(chosen: list[Program], state: str, socket: str, command: tuple[str, ...], *, alerting: bool = False) -> str:
+    """The supervisord configuration; `%` of supervisord's own expansions in `state` and `socket` is kept.
+
+    `alerting`: an event listener tells the alert channels of workers that are given up.
+    """
     workers = [p for p in chosen if p.name != "redis"]
     parts = [
         "; Written by `tapeline up`; changes here are lost. Settings come through the environment.",
@@ -191,7 +195,33 @@ def render(chosen: list[Program], state: str, socket: str, command: tuple[str, .
         parts += ["[group:workers]", f"programs={','.join(p.name for p in workers)}", "priority=100", ""]
     for program in chosen:
         parts += [*_program(program, state, command), ""]
+    if alerting:
+        parts += [*_listener(state, command), ""]
     return "\n".join(parts)
+
+
+def _listener(state: str, command: tuple[str, ...]) -> list[str]:
+    line = shlex.join((*command, "run", LISTENER)).replace("%", "%%")
+    return [
+        f"[eventlistener:{LISTENER}]",
+        f"command={line}",
+        "events=PROCESS_STATE_EXITED,PROCESS_STATE_BACKOFF,PROCESS_STATE_FATAL",
+        "buffer_size=100",
+        # The last to go, so that it tells of Redis too.
+        "priority=0",
+        "autostart=true",
+        "autorestart=unexpected",
+        "exitcodes=0,78",
+        "startsecs=1",
+        "startretries=1000000",
+        f"stopwaitsecs={REDIS_STOP_SECONDS}",
+        "stopsignal=TERM",
+        # What it says on stdout is supervisord's protocol.
+        "stdout_logfile=NONE",
+        f"stderr_logfile={state}/logs/{LISTENER}.log",
+        "stderr_logfile_maxbytes=5MB",
+        "stderr_logfile_backups=2",
+    ]
 
 
 def _program(program: Program, state: str, command: tuple[str, ...]) -> list[str]:
@@ -226,7 +256,7 @@ def sample() -> str:
     chosen = programs(Settings())
     chosen = [replace(p, count=2) if p.name == "aggregate" else p for p in chosen]
     state = "%(ENV_TAPELINE_STATE_DIR)s"
-    text = render(chosen, state, f"{state}/supervisor.sock", ("tapeline",))
+    text = render(chosen, state, f"{state}/supervisor.sock", ("tapeline",), alerting=True)
     head = (
         "; What `tapeline up` runs, for those who start supervisord themselves:\n"
         ";   mkdir -p $TAPELINE_STATE_DIR/logs\n"
@@ -301,7 +331,7 @@ def prepare(settings: Settings, chosen: list[Program]) -> tuple[Settings, str]:
         at.url.write_text(server.url + "\n")
         settings = replace(settings, redis=msgspec.structs.replace(settings.redis, url=server.url, cluster=False))
     state, socket = (str(path).replace("%", "%%") for path in (at.state, at.socket))
-    at.conf.write_text(render(chosen, state, socket, COMMAND))
+    at.conf.write_text(render(chosen, state, socket, COMMAND, alerting=any(p.name == "alerts" for p in chosen)))
     return settings, about
 
 

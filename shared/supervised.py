@@ -55,7 +55,8 @@ class Watched(Supervisor):  # type: ignore[misc]
             self._say(name, "does not start; given up", event)
 
     def _say(self, name: str, what: str, event: Any) -> None:
-        why = last_error(Path(event.process.config.stdout_logfile))
+        config = event.process.config
+        why = last_error(Path(config.stdout_logfile or config.stderr_logfile))
         print(f"{name} {what}" + (f": {why}" if why else ""), flush=True)  # noqa: T201 - its purpose
 
 

@@ -157,13 +157,8 @@ def test_sigterm_stops_it_and_a_second_up_goes_on_where_it_was(up: Up, tmp_path:
     nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("victim", ["ingest-synthetic", "aggregate", "sink-sqlite"])
-def test_a_killed_worker_is_started_again(up: Up, victim: str) -> None:
-    killed(up, victim)
-
-
-def test_killed_stages_of_options_are_started_again(whole: Up) -> None:
-    for victim in ("pressure", "signals"):
+def test_killed_workers_are_started_again(whole: Up) -> None:
+    for victim in ("ingest-synthetic", "aggregate", "sink-sqlite", "pressure", "signals"):
         killed(whole, victim)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,12 +12,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import msgspec
 import psutil
 import pytest
 
 from shared import supervise
 from shared.bus import Bus
+from shared.cli import cli
 from shared.errors import ConfigError
 from shared.redis_server import answers
 from shared.registry import SERVICES
@@ -50,6 +54,44 @@ def below(folder: Path) -> list[psutil.Process]:
 
 def test_the_committed_configuration_is_the_generated_one() -> None:
     assert (ROOT / "deploy" / "supervisord.conf").read_text() == sample()
+
+
+def test_the_systemd_unit_runs_what_there_is() -> None:
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    text = (ROOT / "deploy" / "tapeline.service").read_text()
+    unit.read_string(text)
+    service = unit["Service"]
+    # Only its supervisor is told to stop, which needs its time.
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"]) > supervise.STOP_SECONDS + supervise.REDIS_STOP_SECONDS
+    assert service["RestartPreventExitStatus"] == "78"
+    commands = re.findall(r"^Exec\w+=/opt/tapeline/bin/tapeline (.+)$", text, re.M)
+    assert commands == ["config check", "warm", "up"]
+    for line in commands:
+        group: click.Command = cli
+        for word in line.split():
+            assert isinstance(group, click.Group)
+            group = group.commands[word]
+    given = dict(re.findall(r"^Environment=(TAPELINE_\w+)=(.+)$", text, re.M))
+    assert given.pop("TAPELINE_CONFIG") == "/etc/tapeline/tapeline.toml"
+    assert load(environ=given).tapeline.state_dir.startswith("/var/lib/tapeline/")
+
+
+def test_only_where_alerts_are_sent_a_listener_runs(tmp_path: Path) -> None:
+    for channels, wanted in (("", False), ("ops=https://example.org/hook", True)):
+        s = settings_in(tmp_path, TAPELINE_ALERTS_CHANNELS=channels)
+        lock = supervise.claim(supervise.layout(s))
+        supervise.prepare(s, programs(s))
+        os.close(lock)
+        conf = configparser.RawConfigParser()
+        conf.read(supervise.layout(s).conf)
+        section = f"eventlistener:{supervise.LISTENER}"
+        assert conf.has_section(section) == wanted
+        if wanted:
+            assert supervise.LISTENER in SERVICES
+            assert "PROCESS_STATE_FATAL" in conf[section]["events"]
+            assert conf[section]["stdout_logfile"] == "NONE", "stdout is the protocol"
 
 
 def test_what_up_runs_follows_the_settings() -> None:
