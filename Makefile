@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 EMULATOR := .venv-bqemulator
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench docs setup clean
 # What uv installs is not compiled. Where nobody may keep byte code either, each start of each process compiles
 # all that it imports: for an aggregate worker 2.0 s of CPU instead of 0.7.
 unexport PYTHONDONTWRITEBYTECODE
@@ -53,5 +53,9 @@ check: $(VENV)/.dev ## ruff, mypy strict, import contracts
 bench: $(VENV)/.dev ## the benchmarks; results into benchmarks/results
 	@$(BIN)/python -m benchmarks
 
+docs: $(VENV)/.dev ## the documentation as a site, into site/; links are checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; $(BIN)/mkdocs serve shows it"
+
 clean:
-	rm -rf $(VENV) $(EMULATOR) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site $(VENV) $(EMULATOR) .mypy_cache .ruff_cache .pytest_cache .hypothesis

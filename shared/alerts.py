@@ -22,6 +22,7 @@ GRADES = ("MODERATE", "HIGH", "VERY_HIGH", "EXTREME")
 TYPES = ("institutional_flow", "pressure_spike", "volume_anomaly", "order_imbalance", "sweep", "block")
 EVENTS = {
     "feed_silent": "CRITICAL", "gap": "WARNING", "budget": "CRITICAL", "backlog": "WARNING", "dead_letters": "WARNING",
+    "worker": "CRITICAL",
 }  # fmt: skip
 WEBHOOK = ("http", "https")
 # What is known of a delivery: waiting for its channel, or ended in one of these ways.

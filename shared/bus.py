@@ -99,7 +99,7 @@ class Bus:
         folder = files("shared") / "scripts"
         self._script = {
             name: _Script(self.client, (folder / f"{name}.lua").read_text())
-            for name in ("publish", "attach", "commit", "lease", "trim", "look", "alerts")
+            for name in ("publish", "attach", "commit", "lease", "trim", "look", "alerts", "note")
         }
 
     def clone(self) -> Bus:
@@ -125,6 +125,11 @@ class Bus:
         """Any plain command, with our errors."""
         with self._errors():
             return getattr(self.client, command)(*args, **options)
+
+    def note(self, key: str, field: str, value: str | bytes) -> None:
+        """Set a field of a hash, even while Redis is at its maxmemory: for small things that keep the bus going."""
+        with self._errors():
+            self._script["note"](keys=[key], args=[field, value])
 
     def deploy(self, partitions: int) -> None:
         """Fix the number of partitions of this deployment, or check it.
@@ -166,7 +171,8 @@ class Bus:
     ) -> bool:
         """Add frames with sequences seq, seq+1, … and the cursor behind them; False = stream full.
 
-        Doing it again is harmless. Raises Fenced, BusBehind, BusUnavailable.
+        Doing it again is harmless. Raises Fenced, BusBehind, BusUnavailable (at maxmemory, too: of all that workers
+        write this alone is then refused).
         """
         k = self.keys
         size = sum(len(f.body) + 200 for f in frames)
@@ -316,8 +322,7 @@ class Bus:
 
     def done_with(self, partition: int, topic: str, consumer: str, position: str) -> None:
         """A sink says how far its store has got; trimming may go so far."""
-        with self._errors():
-            self.client.hset(self.keys.consumers(partition, topic), consumer, position)
+        self.note(self.keys.consumers(partition, topic), consumer, position)
 
     def register(self, partition: int, topic: str, consumer: str) -> None:
         """Hold back trimming for a consumer from now on (kept if it is known already)."""
@@ -346,17 +351,27 @@ def errors(where: str) -> Iterator[None]:
     except _DOWN as error:
         raise BusUnavailable(f"Redis at {where} does not answer ({_short(error)})") from None
     except redis.exceptions.OutOfMemoryError:
-        raise BusUnavailable(f"Redis at {where} is out of memory; raise maxmemory") from None
+        raise _full(where) from None
     except redis.exceptions.RedisClusterException as error:
         raise _cluster_error(where, error) from None
     except redis.exceptions.AskError:  # MOVED, too; a cluster's client follows them
         raise ConfigError(f"Redis at {where} is a cluster; set TAPELINE_REDIS_CLUSTER=true") from None
     except redis.ResponseError as error:
+        if "OOM command not allowed" in str(error):  # of a script, before Redis 7
+            raise _full(where) from None
         if str(error).startswith("NOAUTH"):
             raise AuthError(f"Redis at {where} wants a password; put it into REDIS_URL") from None
+        if str(error).startswith("DENIED"):
+            raise AuthError(
+                f"Redis at {where} is in protected mode: give it a password, or `protected-mode no` in a closed network"
+            ) from None
         if str(error).startswith(("MISCONF", "LOADING", "READONLY")):
             raise BusUnavailable(f"Redis at {where} refuses writes ({_short(error)})") from None
         raise
+
+
+def _full(where: str) -> BusUnavailable:
+    return BusUnavailable(f"Redis at {where} is at its maxmemory and takes nothing more: raise maxmemory, or free some")
 
 
 def _cluster_error(where: str, error: redis.exceptions.RedisClusterException) -> TapelineError:

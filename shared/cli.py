@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import click
 
+from shared.cli_common import completes
 from shared.errors import TapelineError
 from shared.settings import Settings, load
 
@@ -53,7 +54,10 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--config", metavar="FILE", help="Settings file (default: $TAPELINE_CONFIG, ./tapeline.toml).")
+@click.option(
+    "--config", metavar="FILE", help="Settings file (default: $TAPELINE_CONFIG, ./tapeline.toml).",
+    shell_complete=completes(files=True),
+)  # fmt: skip
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version."
 )
@@ -69,8 +73,8 @@ def cli(context: click.Context, config: str | None) -> None:
 def _register() -> None:
     from importlib import import_module
 
-    groups = ("run", "demo", "replay", "backfill", "data", "ops", "bus", "watch", "explain", "instruments", "alerts",
-              "usage", "migrate", "dead_letters", "import", "plot")  # fmt: skip
+    groups = ("run", "demo", "replay", "backfill", "data", "ops", "bus", "health", "watch", "explain", "instruments",
+              "alerts", "usage", "migrate", "dead_letters", "import", "plot", "completion", "top")  # fmt: skip
     for name in groups:
         for command in import_module(f"shared.cli_{name}").COMMANDS:
             cli.add_command(command)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, progress, store_option, yes_option
+from shared.cli_common import busy, echo_json, json_option, progress, source_argument, store_option, yes_option
 from shared.cli_replay import line, print_summary
 from shared.errors import ConfigError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@source_argument
 @store_option
 @yes_option
 @json_option
@@ -44,7 +44,9 @@ def backfill(app: App, *, sources: tuple[str, ...], yes: bool, as_json: bool) ->
         raise click.UsageError(str(error)) from None
     check_store(settings.tapeline.store)
     with _stopping() as stopping:
-        tapes = make(local(specs, settings, yes=yes, quiet=as_json), settings)
+        here = local(specs, settings, yes=yes, quiet=as_json)
+        with busy(as_json, "fetching and opening the sources"):
+            tapes = make(here, settings)
         stopping.gently = True
         with progress(as_json, line) as tell:
             summary = engine.run(tapes, settings, tell, stopping.stop)

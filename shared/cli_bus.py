@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option, leaving_at_once, looking
+from shared.cli_common import bar, echo_json, json_option, leaving_at_once, looking
 from shared.errors import TapelineError
 from shared.keys import TOPICS
 
@@ -27,14 +27,21 @@ TAIL_TOPICS = ("ticks", "candles", "late", "pressure", "signals", "usage", "gaps
 @click.pass_obj
 def status(app: App, as_json: bool) -> None:
     """Where every stage and sink stands, who works, what the feeds say, who holds the trimming."""
+    import msgspec
+
+    from shared.feeds import states
+    from shared.health import unhealthy, verdicts
     from shared.status import Reader
 
     with looking(app.settings) as (bus, partitions):
         found = Reader(bus, partitions, app.settings.redis.lease_seconds).read()
+        wrong = unhealthy(verdicts(found, states(bus), app.settings))
     if as_json:
-        echo_json(found)
+        echo_json({**msgspec.structs.asdict(found), "unhealthy": wrong})
         return
     _print_status(found)
+    for verdict in wrong:
+        click.secho(f"unhealthy {verdict.line}", fg="red")
 
 
 def _print_status(found: Status) -> None:
@@ -191,8 +198,13 @@ def trim(app: App, topic: str | None, as_json: bool) -> None:
     """Remove what every consumer is done with and the debugging window does not want (workers do so, too)."""
     removed = {}
     with looking(app.settings) as (bus, partitions):
-        for name in (topic,) if topic else TOPICS:
-            removed[name] = sum(bus.trim(partition, name) for partition in range(partitions))
+        topics = (topic,) if topic else TOPICS
+        with bar(as_json, "streams", partitions * len(topics)) as tell:
+            for number, name in enumerate(topics):
+                removed[name] = 0
+                for partition in range(partitions):
+                    removed[name] += bus.trim(partition, name)
+                    tell(number * partitions + partition + 1)
     if as_json:
         echo_json(removed)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from shared import registry
-from shared.cli_common import echo_json, json_option
+from shared.cli_common import bar, echo_json, json_option
 from shared.errors import TapelineError
 
 if TYPE_CHECKING:
@@ -60,22 +59,14 @@ def generate(
         raise TapelineError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     start_ns = _start(start)
     make = registry.resolve(registry.TOOLS["generate"])
-    bar = click.progressbar(length=trades, label="trades", file=sys.stderr, hidden=not sys.stderr.isatty())
-    done = 0
-
-    def progress(made: int) -> None:
-        nonlocal done
-        bar.update(made - done)
-        done = made
-
     try:
-        with bar:
+        with bar(as_json, "trades", trades) as tell:
             summary = cast(
                 "dict[str, object]",
                 make(
                     out, trades=trades, seed=seed, start=start_ns, roots=chosen, contracts=contracts, rate=rate,
                     late_fraction=late_fraction, late_seconds=late_seconds, definitions=definitions, sessions=sessions,
-                    options=options, progress=progress if sys.stderr.isatty() else None,
+                    options=options, progress=tell,
                 ),
             )  # fmt: skip
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option
+from shared.cli_common import bar, busy, echo_json, json_option, store_option
 from shared.errors import TapelineError
 
 if TYPE_CHECKING:
@@ -132,15 +132,19 @@ def requeue(context: click.Context, *, chosen: tuple[str, ...], every: bool, tab
     left: list[dict[str, str]] = []
     done = stored = buried = 0
     with _open(context.obj) as letters:
-        for letter in _ids(letters, chosen, every, table):
-            outcome = letters.requeue(letter)
-            if outcome is None:
-                continue  # another has taken it meanwhile
-            done, stored, buried = done + (not outcome.reason), stored + outcome.stored, buried + outcome.buried
-            if outcome.reason:
-                left.append({"id": letter, "reason": outcome.reason})
-                if not as_json:
-                    click.echo(f"{letter} stays: {outcome.reason}")
+        wanted = _ids(letters, chosen, every, table)
+        with bar(as_json, "letters", len(wanted)) as tell:
+            for number, letter in enumerate(wanted):
+                tell(number)
+                outcome = letters.requeue(letter)
+                if outcome is None:
+                    continue  # another has taken it meanwhile
+                done, stored, buried = done + (not outcome.reason), stored + outcome.stored, buried + outcome.buried
+                if outcome.reason:
+                    left.append({"id": letter, "reason": outcome.reason})
+    if not as_json:
+        for stays in left:
+            click.echo(f"{stays['id']} stays: {stays['reason']}")
     if as_json:
         echo_json({"requeued": done, "rows": stored, "new_letters": buried, "left": left})
     else:
@@ -162,7 +166,7 @@ def drop(app: App, *, chosen: tuple[str, ...], every: bool, table: str, yes: boo
     _choice(chosen, every, table)
     if every and not yes:
         raise click.UsageError("--all deletes all that the store could not take: say --yes")
-    with _open(app) as letters:
+    with _open(app) as letters, busy(as_json, "deleting letters"):
         gone = letters.drop(_ids(letters, chosen, every, table))
     if as_json:
         echo_json({"dropped": gone})

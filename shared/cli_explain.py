@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option
+from shared.cli_common import busy, echo_json, json_option, store_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -40,7 +40,8 @@ def explain(app: App, table: str, where: tuple[str, ...], last: int, as_json: bo
             raise click.UsageError(f"'{text}' is not COLUMN=VALUE")
         pairs[column] = value
     url = app.settings.tapeline.store
-    found = [engine.explain(url, table, row) for row in engine.find(url, table, pairs, last)]
+    with busy(as_json, f"reading {table}"):
+        found = [engine.explain(url, table, row) for row in engine.find(url, table, pairs, last)]
     if as_json:
         echo_json(found)
         return

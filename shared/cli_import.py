@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, progress, store_option, yes_option
+from shared.cli_common import TIMEFRAMES, completes, echo_json, json_option, progress, store_option, yes_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -27,7 +27,10 @@ _CONTINUOUS = re.compile(r"\.[cnv]\.\d+$")
 @store_option
 @click.option("--exchange", default="", metavar="X", help="The exchange (dataset, venue) of all candles.")
 @click.option("--symbol", default="", metavar="S", help="The symbol of all candles.")
-@click.option("--timeframe", metavar="1m", help="Their length, where the file does not say it.")
+@click.option(
+    "--timeframe", metavar="1m", help="Their length, where the file does not say it.",
+    shell_complete=completes(*TIMEFRAMES),
+)  # fmt: skip
 @click.option("--map", "mapped", multiple=True, metavar="THEIRS=OURS", help="A column's name in the file, and here.")
 @click.option("--replace", "over", is_flag=True, help="Replace prices and volume of candles made from ticks, too.")
 @click.option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option
+from shared.cli_common import busy, echo_json, json_option, store_option
 
 if TYPE_CHECKING:
     from shared.cli import App
@@ -30,7 +30,8 @@ def migrate(app: App, *, only_plan: bool, sql: bool, as_json: bool) -> None:
     from shared.migrate import migrate as run
 
     settings = app.settings
-    plan = run(settings, plan=only_plan)
+    with busy(as_json, "looking at the store" if only_plan else "migrating the store"):
+        plan = run(settings, plan=only_plan)
     if as_json:
         if not sql:
             steps = [{"version": step.version, "name": step.name} for step in plan.steps]

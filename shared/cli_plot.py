@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.cli_common import echo_json, json_option, store_option
+from shared.cli_common import TIMEFRAMES, busy, completes, echo_json, json_option, store_option
 from shared.errors import ConfigError, TapelineError
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ MOST_BARS = 200_000
 
 @click.command()
 @click.argument("symbol")
-@click.option("--timeframe", default="1m", show_default=True, help="A length (15s, 1m, 4h), rolling or seconds.")
+@click.option(
+    "--timeframe", default="1m", show_default=True, help="A length (15s, 1m, 4h), rolling or seconds.",
+    shell_complete=completes(*TIMEFRAMES, "rolling", "seconds"),
+)  # fmt: skip
 @click.option("--since", metavar="WHEN", help="The first instant, ISO; UTC when it names no zone.")
 @click.option("--until", metavar="WHEN", help="The instant behind the last one.")
 @click.option(
@@ -31,7 +34,10 @@ MOST_BARS = 200_000
 @click.option("--underlying", default="", metavar="U", help="Whose option pressure (default: found by the symbol).")
 @store_option
 @click.option("--theme", type=click.Choice(["light", "dark"]), help="Colours (default: light; HTML: the reader's).")
-@click.option("--out", metavar="FILE", help="Where to: .png or .html; - is stdout. An existing file is replaced.")
+@click.option(
+    "--out", metavar="FILE", help="Where to: .png or .html; - is stdout. An existing file is replaced.",
+    shell_complete=completes(files=True),
+)  # fmt: skip
 @click.option("--format", "kind", type=click.Choice(["png", "html"]), help="The format (default: by FILE, else png).")
 @json_option
 @click.pass_obj
@@ -66,10 +72,11 @@ def plot(
     if out not in (None, "-"):
         _check_folder(Path(str(out)))
     draw: Any = registry.resolve(registry.TOOLS["plot"])
-    body, summary = draw(
-        app.settings, chosen, theme, symbol=symbol, timeframe=timeframe, since=first, until=end, last=last,
-        underlying=underlying,
-    )  # fmt: skip
+    with busy(as_json, f"drawing {symbol}", data=out == "-"):
+        body, summary = draw(
+            app.settings, chosen, theme, symbol=symbol, timeframe=timeframe, since=first, until=end, last=last,
+            underlying=underlying,
+        )  # fmt: skip
     if out == "-":
         sys.stdout.buffer.write(body)
         return

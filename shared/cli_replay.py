@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import echo_json, json_option, progress, store_option, terminated, yes_option
+from shared.cli_common import echo_json, json_option, progress, source_argument, store_option, terminated, yes_option
 from shared.errors import ConfigError
 from shared.settings import Settings
 
@@ -34,7 +34,7 @@ class _Speed(click.ParamType[str]):
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@source_argument
 @store_option
 @click.option(
     "--speed", type=_Speed(), default="max", show_default=True, metavar="N|max", help="Multiple of market time."

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from shared import registry
+from shared.cli_common import busy, completes
 from shared.errors import EX_CONFIG, TapelineError, Unavailable
 from shared.settings import Settings
 
@@ -60,7 +61,7 @@ def up(app: App) -> None:
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("service", metavar="SERVICE")
+@click.argument("service", metavar="SERVICE", shell_complete=completes("redis", *registry.SERVICES))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
 def run(app: App, service: str, args: tuple[str, ...]) -> None:
@@ -189,7 +190,8 @@ def warm() -> None:
     for name, path in registry.TOOLS.items():
         if name.startswith("warm-"):
             began = time.monotonic()
-            registry.resolve(path)()
+            with busy(False, f"compiling {name.removeprefix('warm-')}"):
+                registry.resolve(path)()
             click.echo(f"{name.removeprefix('warm-')}: {time.monotonic() - began:.1f} s")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.cli_common import json_option, leaving_at_once, looking
+from shared.cli_common import TIMEFRAMES, completes, json_option, leaving_at_once, looking
 from shared.timeframes import name_of, seconds_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class _Timeframe(click.ParamType[str]):
 @click.command()
 @click.argument("symbols", nargs=-1, required=True, metavar="SYMBOL...")
 @click.option(
-    "--timeframe", "timeframes", type=_Timeframe(), multiple=True, metavar="1m",
+    "--timeframe", "timeframes", type=_Timeframe(), multiple=True, metavar="1m", shell_complete=completes(*TIMEFRAMES),
     help="Only candles of this length; may be given again (default: all).",
 )  # fmt: skip
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N candles.")

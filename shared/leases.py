@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from shared import metrics
 from shared.bus import Bus
 from shared.heartbeat import Beat, living
 
@@ -38,6 +39,9 @@ class Leases:
         self.stage, self.worker, self.service = stage, worker, service
         self.partitions, self.ttl_ms, self.leader = partitions, ttl_ms, leader
         self._held: dict[int, str] = {}
+        self._acquired, self._released, self._lost = (
+            metrics.LEASES.labels(service, change) for change in ("acquired", "released", "lost")
+        )
 
     @property
     def mine(self) -> list[int]:
@@ -48,8 +52,10 @@ class Leases:
         """Renew what is held and take what is due; returns the partitions to hand over. Raises BusUnavailable."""
         for partition, token in list(self._held.items()):
             if not bus.renew(partition, self.stage, token, self.ttl_ms):
-                log.warning("partition %d of '%s' is another worker's now", partition, self.stage)
+                log.warning("partition %d of '%s' is another worker's now", partition, self.stage,
+                            extra={"partition": partition})  # fmt: skip
                 del self._held[partition]
+                self._lost.inc()
         if self.leader:
             share = Share([], [0], 1 - len(self._held))
         else:
@@ -62,6 +68,7 @@ class Leases:
             taken = bus.acquire(partition, self.stage, self.worker, self.ttl_ms)
             if taken is not None:
                 self._held[partition] = taken
+                self._acquired.inc()
                 left -= 1
         return share.spare
 
@@ -71,3 +78,4 @@ class Leases:
             token = self._held.pop(partition, None)
             if token is not None:
                 bus.release(partition, self.stage, token)
+                self._released.inc()

@@ -1,8 +1,9 @@
 """Logging: JSON lines off a terminal, readable lines on one; no secret gets through.
 
-Fields: `time` (UTC), `level`, `service`, `worker`, `partition` (null when the line is about none),
-`message`, and `trace` when there is one. What is passed as `extra={"partition": 3}` counts; threads
-named `<service>-<partition>` say theirs by themselves.
+Fields: `time` (UTC), `level`, `service`, `worker`, `partition` and `symbol` (null when the line is about none, or about
+all), `module` (which `tapeline.log_levels` may name), `message`, and `trace` when there is one. Partition and symbol
+come as `extra={"partition": 3, "symbol": "ESZ6"}`, see `names`; threads named `<service>-<partition>`, and those of a
+sink's readers, say their partition by themselves.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TextIO
 from urllib.parse import unquote, urlsplit
 
+import click
 import msgspec
 
 from shared.settings import SECRETS, Settings
@@ -26,6 +29,10 @@ _PASSWORD_ITEM = re.compile(r"(?i)([?&]password=)[^&\s'\"]+")
 # Shorter pieces of a secret URL are words like `api`, and hiding them would only spoil the log.
 _TOKEN = 8
 _SECRET_KEY = re.compile(r"(?i)key|token|pass|secret|sig|auth")
+# Of several symbols a line names so many.
+_NAMED = 10
+_COLOURS = {"DEBUG": "bright_black", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+# Libraries that tell too much of themselves; tapeline.log_levels may ask for it.
 _QUIET = ("databento", "numba", "asyncio", "urllib3")
 
 
@@ -83,18 +90,27 @@ def _password(url: str) -> str:
         return ""
 
 
+def names(symbols: Sequence[str]) -> str | None:
+    """The field `symbol` of a line about these; None for none, which means all."""
+    more = f" and {len(symbols) - _NAMED} more" if len(symbols) > _NAMED else ""
+    return ",".join(symbols[:_NAMED]) + more if symbols else None
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, service: str, worker: str, mask: Masker) -> None:
         super().__init__()
         self.service, self.worker, self.mask = service, worker, mask
-        self._thread = re.compile(rf"^{re.escape(service)}-(\d+)$")
+        self._thread = re.compile(rf"^(?:{re.escape(service)}|sink)-(\d+)$")
 
     def partition(self, record: logging.LogRecord) -> int | None:
-        given = getattr(record, "partition", None)
-        if isinstance(given, int):
-            return given
+        if hasattr(record, "partition"):
+            return record.partition if isinstance(record.partition, int) else None
         found = self._thread.match(record.threadName or "")
         return int(found[1]) if found else None
+
+    def symbol(self, record: logging.LogRecord) -> str | None:
+        given = getattr(record, "symbol", None)
+        return self.mask(given) if isinstance(given, str) and given else None
 
     def trace(self, record: logging.LogRecord) -> str:
         return self.formatException(record.exc_info) if record.exc_info else ""
@@ -112,6 +128,8 @@ class JsonFormatter(_Formatter):
             "service": self.service,
             "worker": self.worker,
             "partition": self.partition(record),
+            "symbol": self.symbol(record),
+            "module": record.name,
             "message": self.mask(record.getMessage()),
         }
         trace = self.trace(record)
@@ -121,24 +139,36 @@ class JsonFormatter(_Formatter):
 
 
 class PlainFormatter(_Formatter):
-    """For people: `14:03:22.512 WARNING aggregate-1 p3: message`."""
+    """For people: `14:03:22.512 WARNING aggregate-1 p3 ESZ6: message`, the level in colour on a terminal."""
+
+    coloured = False
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
         partition = self.partition(record)
         where = self.worker + (f" p{partition}" if partition is not None else "")
+        where += f" {symbol}" if (symbol := self.symbol(record)) else ""
         trace = self.trace(record)
-        return self.mask(f"{at} {record.levelname} {where}: {record.getMessage()}" + (f"\n{trace}" if trace else ""))
+        level = record.levelname
+        if self.coloured and level in _COLOURS:
+            level = click.style(level, fg=_COLOURS[level])
+        return self.mask(f"{at} {level} {where}: {record.getMessage()}" + (f"\n{trace}" if trace else ""))
 
 
 def setup(settings: Settings, service: str, worker: str = "", stream: TextIO | None = None) -> None:
-    """Send this process's log to stderr (or `stream`) as the settings say."""
+    """Send this process's log to stderr (or `stream`) as the settings say.
+
+    A module of `tapeline.log_levels` takes those below it along, other programs' modules, too.
+    """
     out = stream or sys.stderr
     style = settings.tapeline.log_format
     plain = style == "plain" or (style == "auto" and out.isatty())
     kind = PlainFormatter if plain else JsonFormatter
     handler = logging.StreamHandler(out)
-    handler.setFormatter(kind(service, worker or f"{service}:{os.getpid()}", Masker(settings)))
+    formatter = kind(service, worker or f"{service}:{os.getpid()}", Masker(settings))
+    if isinstance(formatter, PlainFormatter):
+        formatter.coloured = out.isatty() and not os.environ.get("NO_COLOR")
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -147,3 +177,5 @@ def setup(settings: Settings, service: str, worker: str = "", stream: TextIO | N
     logging.captureWarnings(True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in settings.tapeline.log_levels.items():
+        logging.getLogger(name).setLevel(level)

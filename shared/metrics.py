@@ -9,29 +9,41 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from typing import NamedTuple
+import threading
+import time
+from socketserver import ThreadingTCPServer
+from typing import Any, NamedTuple
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram, MetricsHandler, disable_created_metrics
 
 from shared.errors import ConfigError
 from shared.heartbeat import metrics_are_at
+from shared.progress import Progress
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PORTS = 64  # workers of one machine that each find a port of their own
+ANYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - then told to others by the machine's name
+LIVE_SECONDS = 300.0  # what is older came from a backlog or a tape: no latency of a live market
 QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
+disable_created_metrics()  # type: ignore[no-untyped-call] # a series more for each counter and histogram, of when this process began
+
 INFO = Gauge("tapeline_build_info", "1, for the version that runs and the worker's service", ["version", "service"])
 PROGRESS = Gauge("tapeline_worker_progress_timestamp_seconds", "When the slowest part of this worker last went on")
-FAULTS = Counter("tapeline_faults", "Errors of the program itself that were caught; the log has each", ["where"])
+PROGRESS.set_function(time.time)  # until something is expected of the worker, see `follow`
+FAULTS = Counter("tapeline_faults", "Errors of the program itself that were caught; the log says more", ["where"])
 
 # -- ingest: of one feed
 INGEST_RECORDS = Counter(
     "tapeline_ingest_records", "Records of the feed by what became of them: published, or why not", ["feed", "outcome"]
 )
-PUBLISHED = Counter("tapeline_ingest_published_records", "Records published on ticks", ["feed", "partition"])
+PUBLISHED = Counter(
+    "tapeline_ingest_published_records", "Records published on ticks, what is said beside the market's included",
+    ["feed", "partition"],
+)  # fmt: skip
 FRAMES = Counter("tapeline_ingest_published_frames", "Frames published on ticks", ["feed", "partition"])
 INGEST_BYTES = Counter("tapeline_ingest_received_bytes", "Bytes received, as the vendor counts them", ["feed"])
 PUBLISH_SECONDS = Histogram("tapeline_ingest_publish_seconds", "One publishing call to Redis", ["feed"], buckets=QUICK)
@@ -45,8 +57,9 @@ FEED_WATERMARK = Gauge(
     "tapeline_feed_watermark_timestamp_seconds", "No record older than this is expected any more", ["feed"]
 )
 FEED_LATENCY = Histogram(
-    "tapeline_feed_latency_seconds", "From a record's event time to its being published, live feeds", ["feed"],
-    buckets=SLOW,
+    "tapeline_feed_latency_seconds",
+    "From the event time of a frame's first record to its being published, live feeds; older than 300 s are left out",
+    ["feed"], buckets=SLOW,
 )  # fmt: skip
 GAPS = Counter("tapeline_gaps", "Gaps told: spans of the feed that cannot be had any more", ["feed"])
 
@@ -61,34 +74,43 @@ COMMITS = Counter(
 STEP_SECONDS = Histogram("tapeline_stage_step_seconds", "One step of the core", ["stage"], buckets=QUICK)
 COMMIT_SECONDS = Histogram("tapeline_stage_commit_seconds", "One commit to Redis", ["stage"], buckets=QUICK)
 STAGE_LATENCY = Histogram(
-    "tapeline_stage_latency_seconds", "From a frame's publishing to the commit of what was made of it", ["stage"],
-    buckets=(*QUICK, 10.0, 60.0),
+    "tapeline_stage_latency_seconds",
+    "From the publishing of the oldest frame of a step to the commit of what was made of it",
+    ["stage"], buckets=(*QUICK, 10.0, 60.0),
 )  # fmt: skip
 STAGE_EVENT = Gauge(
     "tapeline_stage_newest_event_timestamp_seconds", "Event time up to which the stage has committed",
     ["stage", "partition"],
 )  # fmt: skip
 LEASES = Counter(
-    "tapeline_lease_changes", "Partitions that were acquired, released, or lost to another", ["stage", "change"]
-)
+    "tapeline_lease_changes", "Partitions acquired, released, or lost (to another, or left to expire)",
+    ["stage", "change"],
+)  # fmt: skip
 OWNED = Gauge("tapeline_partitions_owned", "Partitions that this worker owns now", ["stage"])
 
 # -- sinks
-SINK_ROWS = Counter("tapeline_sink_rows", "Rows stored", ["service", "table"])
+SINK_ROWS = Counter(
+    "tapeline_sink_rows", "Rows stored, each revision of one counted; rows that the store refused, too",
+    ["service", "table"],
+)  # fmt: skip
 SINK_BATCHES = Counter("tapeline_sink_batches", "Batches stored", ["service"])
 DEAD_LETTERS = Counter("tapeline_dead_letters", "Rows and frames that became dead letters", ["service"])
 SINK_EVENTS = Counter(
-    "tapeline_sink_events", "rewinds, missing and ignored entries, fenced batches, store_waits", ["service", "event"]
-)
+    "tapeline_sink_events",
+    "rewinds, missing and ignored entries, fenced batches, store_waits (attempts in vain), sequence_steps_back",
+    ["service", "event"],
+)  # fmt: skip
 WRITE_SECONDS = Histogram("tapeline_sink_write_seconds", "One batch into the store", ["service"], buckets=SLOW)
 END_TO_END = Histogram(
-    "tapeline_end_to_end_seconds", "From the end of a live candle's window to its row in the store", ["service"],
-    buckets=SLOW,
+    "tapeline_end_to_end_seconds",
+    "From the end of a candle's window to its row in the store: of each frame the oldest window, no revisions, nothing "
+    "older than 300 s",
+    ["service"], buckets=SLOW,
 )  # fmt: skip
 STORE_WAITS = Gauge("tapeline_sink_waiting", "1 while the store does not answer", ["service"])
 
 # -- alerts
-ALERTS = Counter("tapeline_alerts", "Alerts raised", ["severity", "kind"])
+ALERTS = Counter("tapeline_alerts", "Alerts raised, those over the hour's limit included", ["severity", "kind"])
 DELIVERIES = Counter("tapeline_alert_deliveries", "Attempts to deliver: sent, failed", ["channel", "result"])
 
 # -- web
@@ -144,44 +166,60 @@ BUS = {
 }
 
 
-def serve(settings: Settings, service: str, version: str) -> None:
+def serve(settings: Settings, service: str, version: str) -> Server | None:
     """Serve this process's metrics from the first free port from metrics.port on; nothing where that is 0.
 
     Raises ConfigError when none of PORTS is free, or the host is not ours.
     """
     INFO.labels(version, service).set(1)
-    host, first = settings.metrics.host, settings.metrics.port
+    host, first = settings.metrics.host.strip("[]"), settings.metrics.port
     if not first:
-        return
+        return None
     last = min(first + PORTS, 65536)
     for port in range(first, last):
         try:
-            start_http_server(port, host, REGISTRY)
+            server = Server(host, port)
         except OSError as error:
-            if not _taken(host, port):
-                raise ConfigError(
-                    f"cannot serve metrics at {host}, port {port} ({error.strerror or error}): set "
-                    "TAPELINE_METRICS_HOST and TAPELINE_METRICS_PORT (0: none)"
-                ) from None
-            continue
-        name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host  # noqa: S104
-        address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-        metrics_are_at(address)
-        log.info("metrics are at http://%s/metrics", address)
-        return
+            if error.errno == errno.EADDRINUSE:
+                continue
+            raise ConfigError(
+                f"cannot serve metrics at {host}, port {port} ({error.strerror or error}): set "
+                "TAPELINE_METRICS_HOST and TAPELINE_METRICS_PORT (0: none)"
+            ) from None
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+        name = socket.gethostname() if host in ANYWHERE else host
+        server.address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        metrics_are_at(server.address)
+        log.debug("metrics are at http://%s/metrics", server.address)  # each heartbeat says it, too
+        return server
     raise ConfigError(f"no port from {first} to {last - 1} is free for metrics: set TAPELINE_METRICS_PORT (0: none)")
 
 
-def _taken(host: str, port: int) -> bool:
-    """Whether a port is refused because another process has it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return True  # it was, a moment ago
+class Server(ThreadingTCPServer):
+    """HTTP on one port, reached at `address`. Unlike http.server's it asks no name server for this machine's name."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    address = ""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Raises OSError."""
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, where = found[0][0], str(found[0][4][0])
+        super().__init__((where, port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - of socketserver
+        """Whoever asked is gone, or spoke no HTTP."""
+        log.debug("metrics could not be told to %s", client_address, exc_info=True)
+
+
+class _Handler(MetricsHandler):
+    timeout = 10  # seconds that one who says nothing keeps a thread
+
+
+def follow(progress: Progress) -> None:
+    """PROGRESS is of these parts from now on."""
+    PROGRESS.set_function(lambda: time.time() - progress.slowest()[1])
 
 
 def fault(where: str) -> None:

@@ -7,7 +7,9 @@ or has nothing to do by intent (a closed market), rests.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 
 class Progress:
@@ -31,3 +33,30 @@ class Progress:
             return "", 0.0
         part, then = min(at, key=lambda item: item[1])
         return part, max(0.0, time.monotonic() - then)
+
+
+class Asked(threading.Event):
+    """A stop that calls `asked` whenever somebody looks at it: who does so in every turn of a loop goes on."""
+
+    LOOK_SECONDS = 1.0
+
+    def __init__(self, stop: threading.Event, asked: Callable[[], None]) -> None:
+        super().__init__()
+        self._of, self._asked = stop, asked
+
+    def set(self) -> None:
+        self._of.set()
+
+    def is_set(self) -> bool:
+        self._asked()
+        return self._of.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As long as asked for; waiting is going on."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_set():
+            left = self.LOOK_SECONDS if end is None else end - time.monotonic()
+            if left <= 0:
+                break
+            self._of.wait(min(left, self.LOOK_SECONDS))
+        return self._of.is_set()

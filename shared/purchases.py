@@ -17,6 +17,7 @@ from typing import Protocol, cast
 import click
 
 from shared import registry
+from shared.cli_common import busy
 from shared.errors import ConfigError, TapelineError
 from shared.settings import Settings
 from shared.sources import SourceSpec, parse
@@ -63,7 +64,8 @@ def local(specs: Sequence[SourceSpec], settings: Settings, *, yes: bool, quiet: 
             raise ConfigError(f"{spec.text} is given twice: its trades would count twice")
     make = registry.resolve(registry.TOOLS["databento-order"])
     order = cast("Order", make(wanted, settings, threading.Event()))
-    quotes = order.quotes()
+    with busy(quiet, "asking Databento for the price"):
+        quotes = order.quotes()
     for quote in quotes:
         click.echo(str(quote), err=quiet)
     if quotes:

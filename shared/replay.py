@@ -92,9 +92,12 @@ def settings_of(plan: Plan, settings: Settings) -> Settings:
     # Downloads outlive the replay.
     kept = settings.tardis.download_dir or str(Path(settings.tapeline.state_dir).absolute() / "tardis")
     tardis = msgspec.structs.replace(settings.tardis, download_dir=kept)
+    # Nobody watches workers that end with the tape: they take no ports.
+    metrics = msgspec.structs.replace(settings.metrics, port=0)
     return replace(
-        settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis, bigquery=bigquery
-    )
+        settings, tapeline=tapeline, redis=redis, ingest=ingest, aggregate=aggregate, tardis=tardis, bigquery=bigquery,
+        metrics=metrics,
+    )  # fmt: skip
 
 
 def programs_of(plan: Plan, settings: Settings) -> list[Program]:

@@ -16,16 +16,20 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Protocol, cast
 
+from shared import metrics
 from shared.batches import Batch, Cursor, CursorKey, Item, batch_of
 from shared.bus import Bus, worker_id
 from shared.errors import BusUnavailable, Fenced, StoreUnavailable, TapelineError
 from shared.heartbeat import beat, leave
 from shared.leases import Leases
+from shared.outage import Outage, Seldom
+from shared.progress import Progress
 from shared.registry import TOOLS, resolve
 from shared.settings import Settings
 from shared.sink_reader import MODES, Inbox, Reader
 from shared.sink_tail import after
 from shared.stores import parse
+from shared.telemetry import SinkTelemetry
 from shared.worker import wait_for_bus
 
 log = logging.getLogger(__name__)
@@ -41,7 +45,8 @@ class Store(Protocol):
     `sharing`: how several sinks may write it at once. `none`: one does; `leader`: one at a time, the others stand
     by; `partitions`: each its share. `redo`: where the first batch has to end (and begin at `cursors`), because it
     was begun by a sink that did not finish it; empty but for stores without transactions. The loop takes out what it
-    knows to be finished. A store may have a `detail`, one line for the heartbeat.
+    knows to be finished. A store may have a `detail`, one line for the heartbeat; and `goes_on`, which the loop sets,
+    to be called in every turn of a wait for work that the store does on its own.
     """
 
     name: str
@@ -78,7 +83,7 @@ def store_of(settings: Settings, stop: threading.Event) -> Store:
 def serve(settings: Settings, stop: threading.Event, store: Store, service: str, rows: int, milliseconds: int) -> None:
     """A sink service: what `sink.modes` names into the store until stopped; batches of `rows`, or of that age."""
     # The store first: what is wrong with it is said at once, not when Redis comes up.
-    if not open_store(store, stop):
+    if not open_store(store, stop, service):
         return
     bus = wait_for_bus(settings, stop)
     if bus is None:
@@ -87,8 +92,8 @@ def serve(settings: Settings, stop: threading.Event, store: Store, service: str,
     SinkLoop(bus, store, service, settings, stop, rows=rows, milliseconds=milliseconds).run()
 
 
-def open_store(store: Store, stop: threading.Event) -> bool:
-    """Open a store, waiting while it does not answer; False when stopped first."""
+def open_store(store: Store, stop: threading.Event, service: str = "") -> bool:
+    """Open a store, waiting while it does not answer, as the metrics of `service` say; False when stopped first."""
     wait = 0.1
     told = False
     while not stop.is_set():
@@ -98,9 +103,13 @@ def open_store(store: Store, stop: threading.Event) -> bool:
             if not told:
                 log.warning("%s; waiting for it", error)
                 told = True
+                if service:
+                    metrics.STORE_WAITS.labels(service).set(1)
             stop.wait(wait * random.uniform(0.5, 1.0))
             wait = min(BACKOFF_MAX_SECONDS, 2 * wait)
         else:
+            if service:
+                metrics.STORE_WAITS.labels(service).set(0)
             return True
     return False
 
@@ -131,10 +140,15 @@ class SinkLoop:
         self.consumer = store.name
         self.worker = worker_id(service)
         self.counters: Counter[str] = Counter()
+        self._telemetry = SinkTelemetry(service)
         self.cursors: dict[CursorKey, Cursor] = {}
         self._rows = rows or settings.sink.batch_rows
         self._seconds = (milliseconds or settings.sink.batch_ms) / 1000
-        self.inbox = Inbox(4 * self._rows)
+        self.progress = Progress()
+        self.outage, self._dead = Outage(log), Seldom()
+        self.inbox = Inbox(4 * self._rows, self._goes_on)
+        if hasattr(store, "goes_on"):
+            store.goes_on = self._goes_on
         self._readers: dict[int, Reader] = {}
         self._redo: dict[CursorKey, Cursor] = {}
         self._again: list[Item] = []
@@ -161,8 +175,11 @@ class SinkLoop:
         heart = threading.Thread(target=self._heartbeat, name="sink-heart", daemon=True)
         try:
             log.info("storing into %s as '%s'", self.store.where, self.consumer)
+            metrics.follow(self.progress)
+            self._goes_on()
             heart.start()
             while not self.stop.is_set():
+                self._goes_on()
                 if self._tend():
                     self._move(self._rows, self._seconds, 0.2)
                 else:
@@ -178,6 +195,9 @@ class SinkLoop:
         if self._fatal is not None:
             raise self._fatal
 
+    def _goes_on(self) -> None:
+        self.progress.mark("the writer")
+
     def _tend(self) -> bool:
         """Read the partitions that are this sink's; False while it has none, or the store does not say where from."""
         with self._lock:
@@ -186,9 +206,11 @@ class SinkLoop:
         if gone:
             self._let_go(gone)
         missing = [p for p in mine if p not in self._readers]
+        self._telemetry.owned.set(len(mine))
         if missing:
             try:
                 self.cursors = self.store.cursors()
+                self._answers()
                 self._begin_again()
             except StoreUnavailable as error:
                 self._waits(error)
@@ -247,6 +269,7 @@ class SinkLoop:
         """One more of `what` in the counters."""
         with self._lock:
             self.counters[what] += 1
+        self._telemetry.count(what)
 
     def failed(self, error: TapelineError) -> None:
         """A reader met something that waiting cannot mend."""
@@ -311,6 +334,8 @@ class SinkLoop:
         """Write, waiting for the store; False when it did not answer until the stop."""
         wait = 0.05
         while True:
+            began = time.perf_counter()
+            self._goes_on()
             try:
                 dead = self.store.write(batch)
             except StoreUnavailable as error:
@@ -325,19 +350,25 @@ class SinkLoop:
                 time.sleep(0.1)
             self.stop.wait(wait * random.uniform(0.5, 1.0))
             wait = min(BACKOFF_MAX_SECONDS, 2 * wait)
+        self._answers()
+        if told := self._dead.add(dead):
+            log.warning("%d new dead letters; see the table dead_letters", told)
+        with self._lock:
+            self.counters.update(rows=batch.rows, batches=1, dead_letters=dead, ignored=batch.ignored)
+        self._telemetry.stored(batch, dead, time.perf_counter() - began)
+        return True
+
+    def _answers(self) -> None:
         if self._trouble:
             log.info("%s answers again", self.store.where)
             self._trouble = ""
-        if dead:
-            log.warning("%d dead letters in this batch; see the table dead_letters", dead)
-        with self._lock:
-            self.counters.update(rows=batch.rows, batches=1, dead_letters=dead, ignored=batch.ignored)
-        return True
+            self._telemetry.waiting.set(0)
 
     def _waits(self, error: StoreUnavailable) -> None:
         if not self._trouble:
             log.warning("%s; trying again, the streams hold the backlog", error)
         self._trouble = str(error)
+        self._telemetry.waiting.set(1)
         self.count("store_waits")
 
     def _heartbeat(self) -> None:
@@ -348,7 +379,7 @@ class SinkLoop:
                 bus = bus or self.bus.clone()
                 with self._lock:
                     counters = dict(self.counters)
-                beat(bus, self.worker, self.service, list(self._mine), self._detail(), counters)
+                beat(bus, self.worker, self.service, list(self._mine), self._detail(), counters, self.progress)
                 if self._leases:
                     self._share(bus, self._leases)
             except BusUnavailable as error:
@@ -379,6 +410,7 @@ class SinkLoop:
         return f"{counts or 'rows 0'}{'; ' + more if more else ''}{trouble}"
 
     def _leave(self, heart: threading.Thread) -> None:
+        self._telemetry.owned.set(0)
         readers = list(self._readers.values())
         for thread in [heart, *(reader.thread for reader in readers)]:
             if thread.ident is not None:

@@ -12,18 +12,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
+from shared import metrics
 from shared.batches import Cursor, CursorKey, Item, Source
 from shared.bus import Bus
 from shared.errors import BusUnavailable, TapelineError
 from shared.frames import parse
 from shared.keys import TOPICS
 from shared.known_instruments import KnownInstruments
+from shared.outage import Outage
+from shared.progress import Progress
 from shared.settings import Settings
 from shared.sink_tail import START, after, entry, lost_entries, lost_tail, older, was_free
 from shared.stages import PRODUCER, readers
@@ -38,10 +41,13 @@ MAX_SEQ = (1 << 63) - 1
 
 
 class Inbox:
-    """Items between the readers and the writer, bounded by rows; a full inbox stops the readers."""
+    """Items between the readers and the writer, bounded by rows; a full inbox stops the readers.
 
-    def __init__(self, max_rows: int) -> None:
-        self._max = max_rows
+    `waiting` is called every second or so while the writer waits for a batch to close.
+    """
+
+    def __init__(self, max_rows: int, waiting: Callable[[], None] = lambda: None) -> None:
+        self._max, self._waiting = max_rows, waiting
         self._items: deque[tuple[float, Item]] = deque()
         self._rows = 0
         self._changed = threading.Condition()
@@ -67,7 +73,8 @@ class Inbox:
                 return []
             close_at = self._items[0][0] + seconds
             while self._rows < rows and (left := close_at - time.monotonic()) > 0:
-                self._changed.wait(left)
+                self._changed.wait(min(left, 1.0))
+                self._waiting()
             taken: list[Item] = []
             weight = 0
             while self._items and weight < rows:
@@ -107,6 +114,8 @@ class Hub(Protocol):
     inbox: Inbox
     stop: threading.Event
     cursors: dict[CursorKey, Cursor]
+    progress: Progress
+    outage: Outage
 
     def count(self, what: str) -> None: ...
 
@@ -145,6 +154,7 @@ class Reader:
         self._identity = ""
         self.healthy = False
         self.let_go = threading.Event()
+        self._part = f"the reader of partition {partition}"
         self.thread = threading.Thread(target=self._run, name=f"sink-{partition}", daemon=True)
 
     def stored(self, item: Item) -> None:
@@ -152,6 +162,8 @@ class Reader:
         self.places[item.source.topic].stored = (item.epoch, item.source.id)
 
     def _done(self) -> bool:
+        """Asked in every turn of every loop here, and so the reader goes on."""
+        self.hub.progress.mark(self._part)
         return self.let_go.is_set() or self.hub.stop.is_set()
 
     def close(self) -> None:
@@ -163,27 +175,32 @@ class Reader:
                     self._acknowledge(bus)
             except TapelineError as error:
                 # The next start finds the cursor in the store; until then the streams just hold more.
-                log.info("partition %d: Redis was not told the last position: %s", self.partition, error)
+                about = {"partition": self.partition}
+                log.info("partition %d: Redis was not told the last position: %s", self.partition, error, extra=about)
             finally:
                 bus.close()
 
     def _run(self) -> None:
-        wait, told = 0.05, False
+        try:
+            self._read()
+        finally:
+            self.hub.progress.rest(self._part)
+            self.hub.outage.leaves(self.partition)
+
+    def _read(self) -> None:
+        wait = 0.05
         while not self._done():
             try:
                 self._bus = self._bus or self.hub.bus.clone()
                 self._attach(self._bus)
                 self.healthy = True
-                if told:
-                    log.info("partition %d: Redis answers again", self.partition)
-                wait, told = 0.05, False
+                self.hub.outage.works(self.partition)
+                wait = 0.05
                 while not self._done():
                     self._turn(self._bus)
             except BusUnavailable as error:
                 self.healthy = False
-                if not told:
-                    log.warning("partition %d: %s; trying again", self.partition, error)
-                    told = True
+                self.hub.outage.fails(self.partition, error)
                 self.hub.stop.wait(wait)
                 wait = min(2.0, 2 * wait)
             except TapelineError as error:
@@ -191,6 +208,7 @@ class Reader:
             except Exception as error:
                 # A fault of the program: the sink ends with it in the open. Nothing is lost, the store has the cursor.
                 log.exception("reading partition %d failed", self.partition)
+                metrics.fault("sink.reader")
                 self.hub.failed(TapelineError(f"the sink failed on partition {self.partition}: {error!r}; see the log"))
 
     # -- where to read from ------------------------------------------------------------------

@@ -49,7 +49,8 @@ class Stream(msgspec.Struct, frozen=True):
 class WorkerState(msgspec.Struct, frozen=True):
     """A worker as its heartbeat tells; dead when the heartbeat is older than a lease.
 
-    `stalled_seconds`: how long its slowest `part` has not gone on. See shared.heartbeat.Beat for `name`, `metrics`.
+    `stalled_seconds`: how long its slowest `part` has not gone on; `counters`: since its start. See
+    shared.heartbeat.Beat for `name`, `metrics`.
     """
 
     worker: str
@@ -64,6 +65,19 @@ class WorkerState(msgspec.Struct, frozen=True):
     stalled_seconds: float
     part: str
     metrics: str
+    counters: dict[str, int]
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """Who owns a stage's partition, empty for nobody.
+
+    `free_seconds`: how long nobody has; if nobody ever had it, how long the oldest entry for it has been there.
+    """
+
+    stage: str
+    partition: int
+    owner: str
+    free_seconds: float
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -76,6 +90,7 @@ class Status(msgspec.Struct, frozen=True):
     workers: list[WorkerState]
     feeds: dict[str, Any]
     counters: dict[str, dict[str, int]]
+    leases: list[Lease]
 
 
 class Reader:
@@ -86,6 +101,10 @@ class Reader:
         self._limit = count_entries
         self._script = (files("shared") / "scripts" / "backlog.lua").read_text()
 
+    def brief(self, *, leases: bool = True) -> Status:
+        """Without streams and counters, which take longer to read. Raises BusUnavailable."""
+        return self._status(redis_now_ms(self.bus), [], {}, leases=leases)
+
     def read(self) -> Status:
         """Raises BusUnavailable."""
         now = redis_now_ms(self.bus)
@@ -95,7 +114,13 @@ class Reader:
             for topic in TOPICS
             if (found := self.stream(partition, topic, now)) is not None
         ]
-        return Status(self.bus.where, now, self.partitions, streams, self._workers(now), self.feeds(), self.counters())
+        return self._status(now, streams, self.counters(), leases=True)
+
+    def _status(self, now: int, streams: list[Stream], counters: dict[str, dict[str, int]], *, leases: bool) -> Status:
+        return Status(
+            self.bus.where, now, self.partitions, streams, self._workers(now), self.feeds(), counters,
+            [self._lease(p, stage, now) for stage in STAGES for p in range(self.partitions) if leases],
+        )  # fmt: skip
 
     def stream(self, partition: int, topic: str, now_ms: int) -> Stream | None:
         """One stream with its consumers; None when nothing was ever added to it."""
@@ -114,7 +139,7 @@ class Reader:
         for name, (records, entries, exact, last, first) in zip(names, reply[2:], strict=True):
             position = positions[name]
             behind = max(0.0, (now_ms - _order(first.decode())[0]) / 1000) if first else 0.0
-            owner = self._owner(partition, name, now_ms)
+            owner, _ = self._owner(partition, name, now_ms)
             holds = position != newest and _order(position) == lowest
             consumers.append(
                 Consumer(name, position, records, entries, behind, bool(exact), last.decode(), owner, holds)
@@ -124,20 +149,34 @@ class Reader:
             info.get("frames", 0), info.get("last_ns", 0), consumers,
         )  # fmt: skip
 
-    def _owner(self, partition: int, stage: str, now_ms: int) -> str:
+    def _owner(self, partition: int, stage: str, now_ms: int) -> tuple[str, int]:
+        """(living owner or empty, when its lease ends or ended: 0 not known)."""
         owner, expires = self.bus.call("hmget", self.bus.keys.lease(partition, stage), "owner", "expires_ms")
-        return owner.decode() if owner and int(expires or 0) > now_ms else ""
+        ends = int(expires or 0)
+        return owner.decode() if owner and ends > now_ms else "", ends
+
+    def _lease(self, partition: int, stage: str, now_ms: int) -> Lease:
+        owner, since = self._owner(partition, stage, now_ms)
+        if not owner and not since:
+            stream = self.bus.keys.stream(partition, STAGES[stage].reads)
+            oldest = self.bus.call("xrange", stream, count=1)
+            since = _order(oldest[0][0].decode())[0] if oldest else now_ms
+        return Lease(stage, partition, owner, 0.0 if owner else max(0, now_ms - since) / 1000)
 
     def _workers(self, now_ms: int) -> list[WorkerState]:
         out = []
         for body in self.bus.call("hgetall", self.bus.keys.workers).values():
-            b = msgspec.json.decode(body, type=Beat)
+            try:
+                b = msgspec.json.decode(body, type=Beat)
+            except msgspec.DecodeError:
+                continue  # somebody else's mistake must not end a watch
             age = max(0, now_ms - b.at_ms)
             alive = age <= self.lease_ms
             out.append(
                 WorkerState(
                     b.worker, b.service, b.host, b.pid, alive, age / 1000, b.partitions, b.detail, b.name,
                     (age + b.stalled_ms) / 1000 if b.part or not alive else 0.0, b.part, b.metrics,
+                    b.counters,
                 )
             )  # fmt: skip
         return sorted(out, key=lambda w: (w.service, w.worker))

@@ -11,7 +11,8 @@ import sqlite3
 from pathlib import Path
 from typing import Any, cast
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, VersionError
+from shared.migrations import migrations_of
 from shared.registry import TOOLS, resolve
 from shared.stores import parse
 from shared.tables import MESSAGE_TABLES, TABLES, TICK_TABLES
@@ -110,13 +111,13 @@ def _check_sqlite(path: Path) -> str:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"the store {path} cannot be written: {folder} is not writable; set TAPELINE_STORE")
     if not path.exists():
-        return f"{path} (will be made)"
+        return f"{path} (will be made, by SQLite {sqlite3.sqlite_version})"
     if not os.access(path, os.W_OK):
         raise ConfigError(f"the store {path} is not writable: check its permissions, or set TAPELINE_STORE")
     try:
         connection = sqlite3.connect(path, timeout=5, isolation_level=None)
         try:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            about = _about_sqlite(connection, path)
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
         finally:
@@ -127,4 +128,22 @@ def _check_sqlite(path: Path) -> str:
         raise ConfigError(f"the store {path} cannot be opened ({error}): set TAPELINE_STORE") from None
     except sqlite3.DatabaseError as error:
         raise ConfigError(f"the store {path} is no SQLite database ({error}): set TAPELINE_STORE") from None
-    return str(path)
+    return about
+
+
+def _about_sqlite(connection: sqlite3.Connection, path: Path) -> str:
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    wanted = migrations_of("services.sink_sqlite")[-1].version
+    wal = connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    kind = f"{path}: SQLite {sqlite3.sqlite_version}, {'WAL' if wal else 'no WAL yet, the sink switches it on'}"
+    if "schema_version" not in tables:
+        made = f"no tables yet: the sink or `tapeline migrate` makes them (schema version {wanted})"
+        return f"{kind}, {made}"
+    held = int(connection.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchone()[0])
+    if held > wanted:
+        raise VersionError(
+            f"SQLite {path} is of schema version {held}, this program knows up to {wanted}: "
+            "upgrade Tapeline, or name another file in TAPELINE_STORE"
+        )
+    later = f": will be migrated to {wanted} by the sink or `tapeline migrate`" if held < wanted else ""
+    return f"{kind}, schema version {held}{later}"

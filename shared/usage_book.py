@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,23 @@ def collect(settings: Settings, first_day: str) -> tuple[list[Row], str]:
             missing = str(error)
     by_feed = sorted(found.values(), key=lambda r: r.feed)
     return sorted(by_feed, key=lambda r: r.day, reverse=True), missing
+
+
+def today(bus: Bus, settings: Settings, feeds: Iterable[str]) -> list[Row]:
+    """Of the running UTC day, as far as the bus and this machine know it: feeds, what was bought, what stores cost.
+
+    Raises BusUnavailable.
+    """
+    day, found = day_of(now_ns()), []
+    for feed in sorted({*feeds, HISTORY, *settings.usage.priced_feeds, *STORES}):
+        body = bus.call("hget", bus.keys.usage(feed), day)
+        row = row_of(body) if body else None
+        if feed == HISTORY and (here := purchases(settings.tapeline.state_dir).get(day, NOTHING)) != NOTHING:
+            held = row or _bare(feed, day, NOTHING, ns_of(day), settings.usage.daily_usd)
+            row = msgspec.structs.replace(held, **_day_fields(totals_of(held).join(here)))
+        if row is not None:
+            found.append(row)
+    return found
 
 
 def _embedded(settings: Settings) -> bool:

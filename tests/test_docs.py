@@ -5,25 +5,34 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import re
 import shlex
 import sqlite3
 import subprocess
+import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import click
 import numpy as np
 import pytest
+import yaml
+from prometheus_client.metrics import MetricWrapperBase
 
 from services.aggregate.layout import COUNTERS
 from services.alerts import rules
 from services.alerts.channels import message_of
 from services.ingest import gate, tardis_decode, tardis_pass
 from services.ingest.normalize import REASONS
+from services.ingest.publisher import PublisherOutput
 from services.pressure import layout as pressure_layout
 from services.signals import baseline, core, plugins, score
 from services.sink_bigquery import costs, doctor, ledger, views
@@ -44,6 +53,7 @@ from shared import (
     import_files,
     live,
     messages,
+    metrics,
     reader,
     registry,
     stores,
@@ -53,13 +63,15 @@ from shared.api_rows import key_of
 from shared.bus import Bus
 from shared.cli import cli
 from shared.cli_run import EX_TEMPFAIL
-from shared.frames import CANDLE, FEATURE_COLUMNS, FIXED, LATE, PACKED, ROW_KINDS, TICK, Frame
+from shared.frames import CANDLE, FEATURE_COLUMNS, FIXED, LATE, NS, PACKED, ROW_KINDS, TICK, Frame
 from shared.keys import TOPICS, Keys
 from shared.plugins import GROUP
 from shared.postgres import connect, run
 from shared.settings import ALIASES, BIGQUERY_METHODS, SECTIONS, AlertRule, Settings, env_name, load
+from shared.sink import Store
 from shared.stages import STAGES, readers
 from shared.tables import MESSAGE_TABLES, TABLES
+from tests.deploy.known_metrics import known_metrics, metrics_of
 from tests.services.sink_sqlite.tape import Stage, bars, candles, fixed, rows, sinking, stored_seq
 from tests.serving import Served, Serving
 from tests.shared.test_reader_follow import deploy
@@ -580,9 +592,21 @@ def test_the_keys_and_signs_of_the_page_are_documented() -> None:
 
 def test_images_are_small() -> None:
     for path in (DOCS / "images").iterdir():
-        assert path.suffix == ".png"
-        assert path.stat().st_size < 200_000, path.name
+        assert path.suffix in (".png", ".svg")
+        assert path.stat().st_size < (200_000 if path.suffix == ".png" else 20_000), path.name
         assert any(f"images/{path.name}" in p.read_text() for p in PAGES), path.name
+
+
+def test_drawings_explain_themselves_and_fetch_nothing() -> None:
+    """In light and in dark, to a reader who sees none of it, and without a network."""
+    for path in (DOCS / "images").glob("*.svg"):
+        text = path.read_text()
+        drawing = ElementTree.fromstring(text)
+        assert drawing.find("{*}title") is not None, path.name
+        assert drawing.find("{*}desc") is not None, path.name
+        assert "prefers-color-scheme: dark" in text
+        assert "href" not in text
+        assert "url(http" not in text
 
 
 def calls(kind: Any) -> set[str]:
@@ -788,6 +812,72 @@ def test_the_plugin_shown_is_one() -> None:
     assert said.signals[0].source == "call-skew"
 
 
+# -- of one's own ------------------------------------------------------------------------------------
+
+
+def shown_python(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page(name), re.M | re.S)
+
+
+def test_the_venue_shown_makes_candles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bus: Bus) -> None:
+    source, player = shown_python("adding-a-venue.md")
+    module = ModuleType("services.ingest.acme")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, module.__dict__)
+    tape, store = tmp_path / "day.csv", tmp_path / "acme.db"
+    start = 1_715_265_000 * NS
+    symbols = ("BTC-USD", "ETH-USD", "SOL-USD")
+    tape.write_text(
+        "".join(
+            f"{start + i * NS // 10},{symbols[i % 3]},{100 + i % 7},{1 + i % 3},{('buy', 'sell', '')[i % 3]}\n"
+            for i in range(2500)
+        )
+    )
+    monkeypatch.setenv("TAPELINE_STORE", f"sqlite:///{store}")
+    monkeypatch.setattr(sys, "argv", ["play", str(tape)])
+
+    def rows() -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(store)) as connection:
+            query = "SELECT symbol, timeframe, timestamp_in, volume, vd, complete FROM candles ORDER BY 1, 2, 3"
+            return list(connection.execute(query))
+
+    exec(player, {"__name__": "shown"})
+    made = rows()
+    assert {row[0] for row in made} == set(symbols)
+    minutes = [row for row in made if row[1] == "1m" and row[0] == "BTC-USD"]
+    assert [row[3] for row in minutes] == [200.0] * 4
+    assert all(row[4] == row[3] for row in minutes), "who bought is known"
+    exec(player, {"__name__": "shown"})
+    assert rows() == made, "a second time changes nothing"
+
+    def publish() -> int:
+        """The same tape onto the bus; how many rows it holds then."""
+        out = PublisherOutput(
+            bus, "acme", "worker", 8, Settings().ingest, threading.Event(), live=False, tape=tape.name
+        )
+        bus.deploy(8)
+        module.__dict__["AcmeTape"](tape, 8).run(out, out.attach(), threading.Event())
+        out.close()
+        return sum(int(bus.call("hget", bus.keys.info(p, "ticks"), "records") or 0) for p in range(8))
+
+    published = publish()
+    assert published > 2500
+    assert publish() - published <= 8 * 8, "rows that the bus holds are dropped, clocks may come again"
+
+
+def test_the_sink_shown_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for body in shown_python("adding-a-sink.md"):
+        exec(body, {})
+    members = {name for name in vars(Store) if not name.startswith("_")} | set(Store.__annotations__)
+    listed = {
+        re.split(r"\W", r[0].strip("`"))[0] for r in table_rows(sections(page("adding-a-sink.md"))["What a store does"])
+    }
+    assert members <= listed
+    said = set(quoted(sections(page("adding-a-sink.md"))["Making it a store"]))
+    known = {f"{name.rpartition('-')[0]}-x" for name in registry.TOOLS if name.endswith("-sqlite")}
+    assert known <= said
+
+
 # -- alerts and usage -------------------------------------------------------------------------------
 
 
@@ -840,6 +930,160 @@ def test_every_state_of_a_feed_is_documented() -> None:
     assert listed == {*said, first[1], gate.BUDGET, gate.CLOSED}
     told = next(r for r in table_rows(sections(page("tables.md"))["`usage_log`"]) if r[0] == "`state`")
     assert {usage.RUNNING, usage.STOPPED} == set(quoted(told[4]))
+
+
+# -- the operation ----------------------------------------------------------------------------------
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    """By its name as scraped, its type and its labels."""
+    wanted: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for metric in vars(metrics).values():
+        if isinstance(metric, MetricWrapperBase):
+            (told,) = metric.describe()
+            wanted[told.name + "_total" * (told.type == "counter")] = (told.type, tuple(metric._labelnames))
+    for name, of_bus in metrics.BUS.items():
+        wanted[name + "_total" * (of_bus.kind == "counter")] = (of_bus.kind, of_bus.labels)
+    rows = [r for r in table_rows(page("metrics.md")) if r[0] != "metric"]
+    assert len({r[0] for r in rows}) == len(rows)
+    assert {r[0].strip("`"): (r[1], tuple(quoted(r[2]))) for r in rows} == wanted
+    assert all(len(r) == 4 and r[3] for r in rows)
+
+
+@pytest.mark.parametrize("text", blocks("promql"))
+def test_queries_of_metrics_shown_parse(text: str) -> None:
+    known = known_metrics()
+    for query in re.sub(r"^#.*$", "", text, flags=re.M).split("\n\n"):
+        for name, labels in metrics_of(query):
+            assert name in known
+            assert labels <= known[name], query
+
+
+def test_every_alert_has_its_entry_in_the_runbook_and_no_other() -> None:
+    found = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules" / "tapeline.yml").read_text())
+    wanted = {rule["alert"]: rule for group in found["groups"] for rule in group["rules"]}
+    told = page("runbook.md")
+    entries = levels(told)
+    of_prometheus = {name for name in entries if not name.startswith("`")}
+    assert of_prometheus == set(wanted)
+    for name, rule in wanted.items():
+        assert entries[name].strip().startswith(f"`{rule['labels']['severity']}`."), name
+        assert all(f"- **{part}**: " in entries[name] for part in ("Why", "Look", "Do")), name
+        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{name.lower()}"
+        assert name.lower() in anchors(DOCS / "runbook.md")
+    assert {name.strip("`") for name in entries if name.startswith("`")} == set(alerts.EVENTS)
+
+
+def test_the_figures_of_the_scaling_guide_are_those_that_were_measured() -> None:
+    text = page("scaling.md")
+    held = json.loads((ROOT / "benchmarks" / "results" / "latest.json").read_text())
+    figures = [r for r in table_rows(sections(text)["What one machine does"]) if r[0] != "what"]
+    assert len(figures) > 10
+    for what, figure, where in figures:
+        value = held
+        for key in quoted(where):
+            value = value[key]
+        digits = figure.replace(",", "").rstrip("0").replace(".", "").lstrip("0")
+        assert f"{float(figure.replace(',', '')):g}" == f"{float(f'{value:.{max(2, len(digits))}g}'):g}", what
+    machine = held["machine"]
+    for said in (machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:g} GiB", machine["system"],
+                 f"Python {machine['python']}"):  # fmt: skip
+        assert said in " ".join(text.split()), said
+    for kind in (TICK, CANDLE, FIXED):
+        assert str(kind.itemsize) in sections(text)["Memory"]
+    assert "six streams" in text
+    assert len(TOPICS) == 6
+
+
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yml").read_text())
+    return found
+
+
+def test_every_service_and_profile_of_the_containers_is_documented() -> None:
+    text = sections(page("containers.md"))
+    services = compose()["services"]
+    listed = {name: r[2].strip("`") for r in table_rows(text["What runs"]) for name in quoted(r[0])}
+    assert listed == {name: ",".join(service.get("profiles", ())) for name, service in services.items()}
+    used = re.findall(r"--profile (\w+)", "".join(p.read_text() for p in PAGES))
+    assert set(used) <= set(filter(None, listed.values()))
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    for port in ports:
+        variable, default = re.findall(r"\$\{(\w+):-(\d+)\}", port)[0]
+        assert f"{default} (`{variable}`)" in " ".join(text["What runs"].split())
+    for line in re.findall(r"^\$ docker compose (.*)$", "".join(p.read_text() for p in PAGES), re.M):
+        for file in re.findall(r"-f (\S+)", line):
+            assert (ROOT / file).exists(), line
+        for name in re.findall(r"--scale ([\w-]+)=", line) + re.findall(r"exec ([\w-]+) ", line):
+            assert name in services, line
+
+
+def test_variables_of_the_containers_shown_are_known() -> None:
+    example = (ROOT / "deploy" / ".env.example").read_text()
+    known = set(re.findall(r"^#?([A-Z][A-Z0-9_]+)=", example, re.M))
+    for block in re.findall(r"^```\n(.*?)^```", page("containers.md"), re.M | re.S):
+        assert set(re.findall(r"^([A-Z][A-Z0-9_]+)=", block, re.M)) <= known
+
+
+def test_the_manifests_shown_are_of_this_program() -> None:
+    texts = re.findall(r"^```yaml\n(.*?)^```", page("deployment.md"), re.M | re.S)
+    held = [manifest for text in texts for manifest in yaml.safe_load_all(text)]
+    assert {"ConfigMap", "Secret", "Job", "Deployment", "Service"} == {m["kind"] for m in held}
+    names = {env_name(f"{s}.{n}") for s, n in SETTINGS} | set(ALIASES)
+    given: dict[str, str] = {}
+    for manifest in held:
+        given |= manifest.get("data", {}) | manifest.get("stringData", {})
+        if manifest["kind"] not in ("Job", "Deployment"):
+            continue
+        template = manifest["spec"]["template"]
+        for container in template["spec"]["containers"]:
+            command, *rest = container["args"]
+            assert f"tapeline {command}" in dict(commands())
+            assert all(service in registry.SERVICES for service in rest)
+            given |= {e["name"]: e["value"] for e in container.get("env", ())}
+            probe = container.get("livenessProbe", {}).get("exec", {}).get("command", ["tapeline", "health"])
+            assert {w for w in probe if w.startswith("--")} <= options(dict(commands())[" ".join(probe[:2])])
+        if manifest["kind"] == "Deployment":
+            assert manifest["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert set(given) <= names
+    load(None, given)
+
+
+def test_every_dashboard_is_documented() -> None:
+    folder = ROOT / "deploy" / "grafana" / "dashboards"
+    titles = {json.loads(path.read_text())["title"] for path in folder.glob("*.json")}
+    told = [r[0] for r in table_rows(sections(page("observability.md"))["Grafana"]) if r[0] != "dashboard"]
+    assert set(told) == titles
+
+
+# -- the site ---------------------------------------------------------------------------------------
+
+
+def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) >= len(list(DOCS.rglob("*.md")))
+    for html in pages:
+        text = html.read_text()
+        fetched = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"([^\"]+)", text)
+        fetched += re.findall(r"<link[^>]*rel=\"(?:stylesheet|icon|preconnect)\"[^>]*href=\"([^\"]+)", text)
+        assert not [url for url in fetched if re.match(r"(https?:)?//", url)], html
+    assert (site / "search" / "search_index.json").stat().st_size > 100_000
+    # What the repository's pages link to, the site has as well.
+    for name in ("concepts", "runbook", "tables", "stores"):
+        ids = set(re.findall(r'<h[1-6] id="([^"]+)"', (site / name / "index.html").read_text()))
+        assert anchors(DOCS / f"{name}.md") <= ids, name
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", text, re.M)
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
 # -- the project ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from services.aggregate.state import Config
 from shared.calendar import calendar_of, sessions
 from shared.frames import TICK, TICK_FRAMES, UNREADABLE, Frame, Rows, reason_of, unreadable
 from shared.messages import decode, encode
+from shared.outage import Seldom
 from shared.settings import Settings
 from shared.stores import newest_cvds
 from shared.timeframes import seconds_of
@@ -32,6 +33,7 @@ class AggregateCore:
     def __init__(self, state: PartitionState, seed: Seed) -> None:
         self._state = state
         self._seed = seed
+        self._bad = Seldom()
 
     def step(self, frames: list[Frame]) -> StepResult:
         faults = [fault(frame) for frame in frames]
@@ -41,7 +43,8 @@ class AggregateCore:
             if reason
         ]
         if bad:
-            log.warning("%d frames on ticks cannot be read: dead letters (%s)", len(bad), next(filter(None, faults)))
+            if told := self._bad.add(len(bad)):
+                log.warning("%d frames on ticks cannot be read: dead letters (%s)", told, next(filter(None, faults)))
             frames = [frame for frame, reason in zip(frames, faults, strict=True) if not reason]
         unseeded = dict(self._state.unseeded(frames))
         seeds = dict.fromkeys(unseeded, 0.0) | (self._seed(unseeded) if unseeded else {})

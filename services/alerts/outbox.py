@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable
 
 from services.alerts.channels import Answer, Channel, Message
 from services.alerts.core import Job, Result
-from shared import faults
+from shared import faults, metrics
 from shared.alerts import PENDING, SENT
+from shared.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +25,20 @@ BACKOFF_SECONDS = 1.0
 
 
 class Outbox:
-    """Makes the jobs that `sync` names. `may_send`: asked before each attempt; `wake` is set with each result."""
+    """Makes the jobs that `sync` names. `may_send`: asked before each attempt; `wake` is set with each result.
+
+    `progress`: of each attempt.
+    """
 
     def __init__(
-        self, channels: dict[str, Channel], retry_max: float, may_send: Callable[[], bool], wake: threading.Event
+        self,
+        channels: dict[str, Channel],
+        retry_max: float,
+        may_send: Callable[[], bool],
+        wake: threading.Event,
+        progress: Progress | None = None,
     ) -> None:
+        self.progress = progress or Progress()
         self._lock = threading.Lock()
         self._wake, self._stop = wake, threading.Event()
         self._results: list[Result] = []
@@ -122,12 +132,17 @@ class _Sender:
                 self.wake.wait(0.5)
                 continue
             job, message = taken
+            sending = f"channel {self._name}"
+            self._outbox.progress.mark(sending)
             try:
                 answer = self._channel.send(message)
             except Exception as error:
                 log.exception("channel %s failed", self._name)
+                metrics.fault("alerts.outbox")
                 answer = Answer(PENDING, f"failed: {type(error).__name__}")
+            self._outbox.progress.rest(sending)
             faults.point("alerts:after-send")
+            metrics.DELIVERIES.labels(self._name, "sent" if answer.state == SENT else "failed").inc()
             self._outbox.ended(Result(job, answer.state, answer.reason))
             failed = answer.state == PENDING
             with self._lock:

@@ -1,4 +1,6 @@
-"""What is wrong with the operation, read from the bus alone: silent feeds, gaps, budgets, backlogs, dead letters."""
+"""What is wrong with the operation, read from the bus alone: workers, silent feeds, gaps, budgets, backlogs, dead
+letters.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ import msgspec
 from services.alerts.core import Count, Seen
 from services.alerts.rules import Event
 from shared.bus import Bus
-from shared.feeds import FeedState, Silence, states
+from shared.feeds import FeedState, silent, states
+from shared.health import unhealthy, verdicts
 from shared.heartbeat import Beat
 from shared.keys import TOPICS
 from shared.messages import Usage
 from shared.settings import Settings
+from shared.status import Reader
 from shared.usage import HISTORY, STOPPED, day_of, priced, stop_usd, vendor
 
 NAME = "alerts"
@@ -21,6 +25,8 @@ T = TypeVar("T")
 DAY_MS = 86_400_000
 # Of the cost at which a vendor's feeds are stopped: from here on it is near.
 NEAR = 0.8
+# A worker that is restarted, and a partition that is taken over, is back within this time.
+GRACE_SECONDS = 10.0
 
 
 class Watch:
@@ -28,21 +34,32 @@ class Watch:
 
     def __init__(self, bus: Bus, settings: Settings) -> None:
         self.bus, self.settings = bus, settings
-        self._silence = Silence(settings)
+        self._reader = Reader(bus, settings.tapeline.partitions, settings.redis.lease_seconds)
 
     def look(self, now_ms: int) -> Seen:
         """Raises BusUnavailable."""
         feeds = states(self.bus)
         conditions = [
+            *self._workers(),
             *self._silent(feeds, now_ms),
             *self._budgets(sorted({*feeds, HISTORY, *self.settings.usage.priced_feeds}), now_ms),
             *self._backlogs(now_ms),
         ]
         return Seen(tuple(conditions), (*self._gaps(), *self._dead_letters()))
 
+    def _workers(self) -> list[Event]:
+        """Workers and stages that have been unhealthy for a while; those of one name fold, however often it begins."""
+        grace_ms = (self.settings.redis.lease_seconds + GRACE_SECONDS) * 1000
+        status, found = self._reader.brief(), list[Event]()
+        for v in unhealthy(verdicts(status, {}, self.settings)):
+            if status.now_ms - v.since_ms > grace_ms:
+                key = f"{v.process} on {v.host}" if v.process else f"{v.kind} {v.name}"
+                found.append(Event("worker", key, v.since_ms, f"{v.what} is unhealthy", v.why))
+        return found
+
     def _silent(self, feeds: dict[str, FeedState], now_ms: int) -> list[Event]:
         found = []
-        for name, since, why in self._silence.of(feeds, now_ms):
+        for name, since, why in silent(feeds, self.settings, now_ms):
             feed = feeds[name]
             said = feed.state + (f" ({feed.detail})" if feed.detail else "")
             found.append(Event("feed_silent", name, since, f"feed {name} is silent", f"{why}; it is {said}"))

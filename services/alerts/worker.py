@@ -17,12 +17,15 @@ from services.alerts.channels import Channel, Message, message_of, open_channel
 from services.alerts.core import AlertCore, Job, Seen
 from services.alerts.outbox import Outbox
 from services.alerts.watch import NAME, Watch
-from shared import faults
+from shared import faults, metrics
+from shared.alerts import EVENTS, TYPES
 from shared.bus import Bus, sound, worker_id
 from shared.errors import BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.frames import Frame
 from shared.heartbeat import beat, leave, redis_now_ms
 from shared.messages import Signal, decode
+from shared.outage import Outage
+from shared.progress import Progress
 from shared.settings import Settings
 from shared.worker import wait_for_bus
 
@@ -36,6 +39,7 @@ TRIM_SECONDS = 5.0
 # Of its time, at most this share goes into looking: with very many partitions it looks more seldom.
 SHARE = 0.2
 STOP_SECONDS = 3.0
+KINDS = frozenset((*TYPES, *EVENTS, "suppressed"))  # told one by one; a plug-in's types are without bound
 
 
 def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:
@@ -49,9 +53,12 @@ def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> Non
     if bus is None:
         return
     lease = Lease(bus, settings, stop)
+    metrics.follow(lease.progress)
+    lease.goes_on()
     lease.thread.start()
     try:
         while not stop.is_set():
+            lease.goes_on()
             token = lease.wait(0.5)
             if token:
                 Leader(bus, settings, channels, lease, token).run(stop)
@@ -74,6 +81,8 @@ class Lease:
         self.token: str | None = None
         self.failed: TapelineError | None = None
         self.detail = ""
+        self.progress = Progress()
+        self.outage = Outage(log)
         self._over = threading.Event()
         self.thread = threading.Thread(target=self._run, name="alerts-lease", daemon=True)
 
@@ -87,6 +96,10 @@ class Lease:
         """Whether nobody else can have the lease: a process that slept does not send before it has asked."""
         return self.token is not None and time.monotonic() < self._sure_until
 
+    def goes_on(self) -> None:
+        """Whoever reads signals, or waits for the lease, does so in every turn."""
+        self.progress.mark("the alert loop")
+
     def end(self) -> None:
         """Give the lease back, so that the next one need not wait for it to expire."""
         self._over.set()
@@ -94,15 +107,12 @@ class Lease:
 
     def _run(self) -> None:
         pause = max(0.05, min(1.0, self._ttl_ms / 3000))
-        told = False
         while not self._over.is_set():  # kept until the last delivery is over
             try:
                 self._tend()
-                told = False
+                self.outage.works("lease")
             except BusUnavailable as error:
-                if not told:
-                    log.warning("%s; trying again", error)
-                told = True
+                self.outage.fails("lease", error)
             except TapelineError as error:
                 self.failed = error
                 self._stop.set()
@@ -110,13 +120,16 @@ class Lease:
         try:
             if self.token is not None:
                 self._bus.release(0, NAME, self.token)
+                metrics.LEASES.labels(NAME, "released").inc()
+                metrics.OWNED.labels(NAME).set(0)
             leave(self._bus, self._worker)
         except TapelineError as error:
             log.info("could not say goodbye: %s", error)
         self._bus.close()
 
     def _tend(self) -> None:
-        beat(self._bus, self._worker, NAME, [0] if self.token else [], self.detail if self.token else "standing by")
+        detail = self.detail if self.token else "standing by"
+        beat(self._bus, self._worker, NAME, [0] if self.token else [], detail, progress=self.progress)
         asked = time.monotonic()
         token = self.token
         if token is None and not self._stop.is_set():
@@ -128,6 +141,8 @@ class Lease:
                 self._sure_until = asked + self._ttl_ms / 1000
             if token != self.token:
                 log.info("alerts are sent from here now" if token else "another process sends the alerts now")
+                metrics.LEASES.labels(NAME, "acquired" if token else "lost").inc()
+                metrics.OWNED.labels(NAME).set(1 if token else 0)
                 self.token = token
                 self._changed.notify_all()
 
@@ -138,7 +153,7 @@ class Leader:
     def __init__(self, bus: Bus, settings: Settings, channels: dict[str, Channel], lease: Lease, token: str) -> None:
         self.bus, self.settings, self.lease, self.token = bus, settings, lease, token
         self._wake = threading.Event()
-        self._outbox = Outbox(channels, settings.alerts.retry_max_seconds, lease.sure, self._wake)
+        self._outbox = Outbox(channels, settings.alerts.retry_max_seconds, lease.sure, self._wake, lease.progress)
         self._watch = Watch(bus, settings)
         self._core = AlertCore(settings.alerts)
         self._positions: dict[int, str] = {}
@@ -148,19 +163,19 @@ class Leader:
     def run(self, stop: threading.Event) -> None:
         """Until stopped or fenced. Raises what waiting cannot mend."""
         self._outbox.start()
-        wait, told = 0.05, False
+        wait = 0.05
         try:
             while not stop.is_set() and self.lease.token == self.token:
+                self.lease.goes_on()
                 try:
                     self._load()
-                    wait, told = 0.05, False
+                    wait = 0.05
                     while not stop.is_set() and self.lease.token == self.token:
                         self._turn()
+                        self.lease.outage.works("alerts")
                 except BusUnavailable as error:
                     self._sound = False
-                    if not told:
-                        log.warning("%s; trying again", error)
-                    told = True
+                    self.lease.outage.fails("alerts", error)
                     stop.wait(wait)
                     wait = min(2.0, 2 * wait)
             self._outbox.stop(STOP_SECONDS if stop.is_set() else 0.0)
@@ -168,6 +183,7 @@ class Leader:
         except Fenced as error:
             log.info("%s", error)
         finally:
+            self.lease.outage.leaves("alerts")
             self._outbox.stop(0.0)
 
     def _leave(self) -> None:
@@ -196,6 +212,7 @@ class Leader:
         self._sync()
 
     def _turn(self) -> None:
+        self.lease.goes_on()
         began = time.monotonic()
         signals, moved = self._read()
         acks = {k.decode(): v.decode() for k, v in self.bus.call("hgetall", self.bus.keys.alerts("acks")).items()}
@@ -248,8 +265,10 @@ class Leader:
             self._positions[partition] = position
             self.bus.done_with(partition, TOPIC, NAME, position)
         for alert in out.alerts:
+            metrics.ALERTS.labels(alert.severity, alert.type if alert.type in KINDS else "other").inc()
             how = "suppressed, over the hour's limit" if alert.suppressed else "alert"
-            log.info("%s %s %s: %s", how, alert.severity, alert.id, alert.title)
+            about = {"symbol": alert.subject}
+            log.info("%s %s %s: %s", how, alert.severity, alert.id, alert.title, extra=about)
         if out.lost:
             log.warning("%d deliveries of the oldest alerts were given up: the outbox is full", out.lost)
         if changed or gone:

@@ -24,6 +24,7 @@ from services.ingest.source import RECEIVED, Grouped, Output, Resume
 from shared.errors import AuthError, ConfigError
 from shared.frames import CLOCK, NS, TICK, Rows
 from shared.instruments import feed_id, is_spread
+from shared.log import names
 from shared.messages import Clock, Disconnect, Gap, Instrument
 from shared.settings import Databento
 
@@ -310,7 +311,7 @@ class Feed:
         named = [s for s in asked if re.search(rf"(?<![\w.]){re.escape(s)}(?!\w|\.\w)", text)]
         self._unresolved.update(named or [text])
         self._out.count("unresolved_symbol", 1)
-        log.warning("%s does not know a symbol: %s", where, text)
+        log.warning("%s does not know a symbol: %s", where, text, extra={"symbol": names(named)})
         if not self._resolved and len(self._unresolved) >= len(set(asked)):
             raise ConfigError(
                 f"{where} knows none of {', '.join(asked)} as {self._settings.stype}: "

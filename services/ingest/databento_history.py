@@ -82,10 +82,18 @@ class Archive:
     ) -> None:
         self._settings = settings
         self._stop = stop
+        self.goes_on: Callable[[], None] = lambda: None  # called many times a second while a request is waited for
         self._whole_seconds = whole_seconds
         self._client = _client(settings.api_key, settings.history_gateway.rstrip("/"))
         for api in (self._client.metadata, self._client.symbology, self._client.timeseries):
             api.TIMEOUT = silence_seconds
+
+    def datasets(self) -> list[str]:
+        """The datasets that the key may ask for. Raises AuthError, Unavailable."""
+        found = self._aside(lambda: self._ask("list its datasets", self._client.metadata.list_datasets))
+        if not isinstance(found, list):
+            raise Unavailable(f"{WHERE} does not list its datasets: it says {one_line(repr(found))}")
+        return [str(name) for name in found]
 
     def cost(self, query: Mapping[str, Any]) -> float:
         """The price of a request, USD. Raises AuthError, Unavailable."""
@@ -112,6 +120,7 @@ class Archive:
         threading.Thread(target=run, name="databento-history", daemon=True).start()
         deadline = time.monotonic() + self._whole_seconds
         while not wait([future], timeout=POLL_SECONDS).done:
+            self.goes_on()
             if meanwhile is not None:
                 meanwhile()
             if self._stop.is_set():

@@ -57,7 +57,7 @@ class DatabentoLive:
         self._start_ns = _parse_start(settings.start)
         self._watched_ns: int | None = None
         self._history_failed = False  # in this outage: what it did not give once is given up
-        self._host = settings.gateway or f"{settings.dataset.lower().replace('.', '-')}.lsg.databento.com"
+        self._host = host_of(settings)
 
     def run(self, out: Output, resume: Resume, stop: threading.Event) -> None:
         """Push until `stop` is set.
@@ -153,7 +153,7 @@ class DatabentoLive:
             if wire.failed.done():
                 wire.failed.result()
             if goal is not None and goal.done():
-                self._authenticated(goal)
+                authenticated(goal, self._settings)
                 return True
             if wire.disconnected.done():
                 error = wire.disconnected.exception()
@@ -161,16 +161,6 @@ class DatabentoLive:
             if loop.time() - wire.heard_at > silence:
                 raise Dropped(f"nothing heard for {silence:g} s")
         return False
-
-    def _authenticated(self, goal: asyncio.Future[str | None]) -> None:
-        try:
-            goal.result()
-        except BentoError as error:
-            text = one_line(str(error), self._settings.api_key)
-            where = f"Databento ({self._settings.dataset})"
-            if "connection limit" in text.lower():
-                raise ConfigError(f"{where}: {text}; stop another client of this key") from None
-            raise AuthError(f"{where} refused the API key: {text}; check DATABENTO_API_KEY") from None
 
     def _oldest(self, feed: Feed, start: int | None, refused: int) -> int | None:
         """The next start after the gateway called `start` too old, and what becomes of the time before it."""
@@ -190,6 +180,23 @@ class DatabentoLive:
                 return oldest
         feed.lost("older than the gateway's replay", oldest)
         return oldest
+
+
+def host_of(settings: Databento) -> str:
+    """The live gateway of the settings' dataset."""
+    return settings.gateway or f"{settings.dataset.lower().replace('.', '-')}.lsg.databento.com"
+
+
+def authenticated(answer: asyncio.Future[str | None], settings: Databento) -> None:
+    """Return when the gateway's answer is that it knows the key. Raises AuthError, ConfigError."""
+    try:
+        answer.result()
+    except BentoError as error:
+        text = one_line(str(error), settings.api_key)
+        where = f"Databento ({settings.dataset})"
+        if "connection limit" in text.lower():
+            raise ConfigError(f"{where}: {text}; stop another client of this key") from None
+        raise AuthError(f"{where} refused the API key: {text}; check DATABENTO_API_KEY") from None
 
 
 def _parse_start(text: str) -> int | None:

@@ -21,13 +21,16 @@ import numpy as np
 
 from services.ingest.source import RECEIVED, Grouped, Resume
 from services.ingest.status import Status
+from services.ingest.telemetry import FeedTelemetry
 from services.ingest.usage import Account
 from shared.bus import Bus, sound
 from shared.errors import BusUnavailable, Fenced
-from shared.frames import TICK, TICK_FRAMES, TRADE, Frame, Rows, tick_frame
+from shared.frames import CLOCK, TICK, TICK_FRAMES, TRADE, Frame, Rows, iso, tick_frame
 from shared.instrument_days import DAY_NS, decoded, new_versions, outdated
 from shared.instruments import is_spread, partition_of
+from shared.log import names
 from shared.messages import Clock, Disconnect, Gap, Instrument, encode
+from shared.outage import Seldom
 from shared.settings import Ingest
 
 log = logging.getLogger(__name__)
@@ -106,9 +109,11 @@ class PublisherOutput:
         self._failed: Exception | None = None
         self._halted = False
         self.account, self._tells = account, False  # whether the source tells what it receives
-        self._watermark_ns = 0
+        self._watermark_ns = self._grace_ns = 0
         self._thread: threading.Thread | None = None
         self.status = Status(bus, feed, owner)
+        self._waits = Seldom()
+        self._telemetry = FeedTelemetry(feed, partitions, live=live)
 
     # -- life --------------------------------------------------------------------------------
 
@@ -253,10 +258,31 @@ class PublisherOutput:
         with self._lock:
             self._check()
             self._watermark_ns = max(self._watermark_ns, at)
+            if isinstance(message, Clock) and message.watched_from_ns is not None:
+                self._grace_ns = message.grace_ns
+            news = False
             for part in self._parts:
                 if part.home and not (self._told(part) and isinstance(message, Gap | Disconnect)):
                     self._flush(part)
                     self._message(part, kind, 1, at, body)
+                    news = not self._halted
+            if news and isinstance(message, Gap):
+                self._telemetry.gaps.inc()
+            if news and isinstance(message, Gap | Disconnect):
+                self._log(message)
+            self._telemetry.reached(self.status.last_event_ns, self._known_ns())
+
+    def _log(self, message: Gap | Disconnect) -> None:
+        about = {"symbol": names(message.symbols)}
+        if isinstance(message, Gap):
+            span = f"from {iso(message.start_ns)} to {iso(message.end_ns)}"
+            log.warning("%s has a gap %s: %s", self.feed, span, message.reason, extra=about)
+        else:
+            log.warning("%s was disconnected at %s: %s", self.feed, iso(message.at_ns), message.reason, extra=about)
+
+    def _known_ns(self) -> int:
+        """The feed's watermark: what its clocks said, or its newest record less its grace."""
+        return max(self._watermark_ns, self.status.last_event_ns - self._grace_ns)
 
     def _told(self, part: _Partition) -> bool:
         """Whether a partition holds rows from behind this place of the tape, and so all messages up to here."""
@@ -266,6 +292,8 @@ class PublisherOutput:
         """See Output."""
         with self._lock:
             self._check()
+            if (grouped.rows["kind"] != CLOCK).any():
+                self.status.heard()
             if len(grouped.ordinals):
                 self._newest = max(self._newest, int(grouped.ordinals.max()))
             for g, p in enumerate(grouped.partitions):
@@ -294,12 +322,14 @@ class PublisherOutput:
                 self.account.received(records, usage_bytes)
             records = 0
         self.status.count(reason, records, usage_bytes)
+        self._telemetry.count(reason, records, usage_bytes)
 
     def connection(self, state: str, detail: str = "") -> None:
         """See Output."""
         if self.account is not None:
             self.account.connection(state == "connected")
         self.status.connection(state, detail)
+        self._telemetry.connection(state)
 
     def published(self, partition: int, since_ns: int) -> Rows:
         """This feed's trades of a partition from the newest frame back to `since_ns`, in stream order.
@@ -392,9 +422,7 @@ class PublisherOutput:
         if self._halted:
             return
         try:
-            done = self._patiently(
-                lambda: self.bus.publish(part.number, self.feed, self.owner, part.seq + 1, frames, cursor), part.number
-            )
+            done = self._patiently(lambda: self._send(part, frames, cursor), part.number)
         except Exception as error:
             # These rows are in no buffer any more: nothing may follow them before `attach` starts anew.
             self._failed = error
@@ -406,22 +434,32 @@ class PublisherOutput:
         part.last_ns = max(part.last_ns, frames[-1].last_ns)
         part.free_at = time.monotonic() + self._linger
         ticks = frames[-1].kind in TICK_FRAMES
+        self._telemetry.published(part.number, frames)
         if ticks:
             self.status.published(sum(f.count for f in frames), part.last_ns)
+            self._telemetry.reached(self.status.last_event_ns, self._known_ns())
         if self.account is not None:
             if ticks and not self._tells:
                 self.account.received(sum(f.count for f in frames), 0)
             if ticks or frames[-1].kind == "gap":
                 self.account.went_on()
 
+    def _send(self, part: _Partition, frames: list[Frame], cursor: bytes) -> bool:
+        with self._telemetry.publish_seconds.time():
+            return self.bus.publish(part.number, self.feed, self.owner, part.seq + 1, frames, cursor)
+
     def _patiently(self, call: Callable[[], object], partition: int | None = None) -> bool:
         """Repeat a harmless call until it is done; False when stopped first, and then nothing more goes out."""
-        wait, told = 0.005, False
+        wait, told, logged, began = 0.005, False, False, time.monotonic()
         while not self._halted:
+            self.status.went_on()
             try:
                 if call() is not False:
                     if told:
                         self.status.waits("")
+                        self._telemetry.waiting.set(0)
+                    if logged:
+                        log.info("%s goes on, after %.1f s", self.feed, time.monotonic() - began)
                     return True
                 why = f"partition {partition} is full: consumers are behind"
                 if partition is not None and self.bus.trim(partition, TOPIC):
@@ -429,15 +467,21 @@ class PublisherOutput:
             except BusUnavailable as error:
                 why = str(error)
             if not told:
-                log.warning("%s waits: %s", self.feed, why)
+                logged = self._waits.add() > 0
+                if logged:
+                    log.warning("%s waits: %s", self.feed, why, extra={"partition": partition})
                 self.status.waits(why)
+                self._telemetry.waiting.set(1)
                 told = True
+            self.status.tick()  # the thread that waits may be the one that beats
             if self._stop.wait(wait):
                 self._halted = True
             wait = min(0.1, 2 * wait)
         return False
 
     def _check(self) -> None:
+        """First in every call of the source's."""
+        self.status.went_on()
         if self._failed is not None:
             raise self._failed
 

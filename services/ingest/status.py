@@ -8,9 +8,11 @@ import time
 
 import msgspec
 
+from shared import feeds
 from shared.bus import Bus
 from shared.errors import BusUnavailable
 from shared.heartbeat import beat, leave, redis_now_ms
+from shared.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +21,10 @@ COUNT_SECONDS = 1.0
 
 
 class FeedState(msgspec.Struct, frozen=True):
-    """A feed as its ingest last saw it. `at_ms` is Redis's time, `published` trades since this process began."""
+    """A feed as its ingest last saw it. `at_ms` is Redis's time, `published` trades since this process began.
+
+    `heard_ms`: when the feed last brought data, or began to be expected to (shared.feeds).
+    """
 
     state: str
     detail: str
@@ -27,16 +32,23 @@ class FeedState(msgspec.Struct, frozen=True):
     last_event_ns: int
     published: int
     worker: str = ""
+    heard_ms: int = 0
 
 
 class Status:
-    """Collects in memory and writes at most once a second; safe from any thread."""
+    """Collects in memory and writes at most once a second; safe from any thread.
+
+    `progress`: of the source, which goes on when it pushes into its Output, and when it looks whether it must stop.
+    """
 
     def __init__(self, bus: Bus, feed: str, worker: str) -> None:
         self.bus, self.feed, self.worker = bus, feed, worker
         self.trades = 0
         self.last_event_ns = 0
         self.state, self.detail = "starting", ""
+        self.progress = Progress()
+        self.beat_seconds = BEAT_SECONDS
+        self._heard, self._heard_ms = False, 0
         self._why_waiting = ""
         self._counts: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -47,6 +59,14 @@ class Status:
         """Trades that reached the bus."""
         self.trades += trades
         self.last_event_ns = max(self.last_event_ns, last_ns)
+
+    def went_on(self) -> None:
+        """The source works, whether or not its feed has anything to say."""
+        self.progress.mark("the source")
+
+    def heard(self) -> None:
+        """The feed brought data."""
+        self._heard = True
 
     def count(self, reason: str, records: int, usage_bytes: int = 0) -> None:
         """Add to the feed's counters."""
@@ -71,14 +91,20 @@ class Status:
     def tick(self) -> None:
         """Write what is due: called a few times a second."""
         now = time.monotonic()
-        if now - self._beat_at >= BEAT_SECONDS or (self._counts and now - self._count_at >= COUNT_SECONDS):
+        if now - self._beat_at >= self.beat_seconds or (self._counts and now - self._count_at >= COUNT_SECONDS):
             self.write()
 
     def write(self) -> None:
         """Heartbeat, state and counters, now; without Redis they wait for the next time."""
         with self._lock:
             try:
-                now_ms = beat(self.bus, self.worker, f"ingest-{self.feed}", detail=self._why_waiting or self.state)
+                now_ms = beat(
+                    self.bus,
+                    self.worker,
+                    f"ingest-{self.feed}",
+                    detail=self._why_waiting or self.state,
+                    progress=self.progress,
+                )
                 self._state(now_ms)
                 self._beat_at = self._count_at = time.monotonic()
                 for reason, records in list(self._counts.items()):
@@ -90,8 +116,21 @@ class Status:
 
     def _state(self, now_ms: int) -> None:
         state, detail = ("waiting", self._why_waiting) if self._why_waiting else (self.state, self.detail)
-        body = FeedState(state, detail, now_ms, self.last_event_ns, self.trades, self.worker)
-        self.bus.call("hset", self.bus.keys.feeds, self.feed, msgspec.json.encode(body))
+        if self._heard or self.state in feeds.RESTING:
+            self._heard, self._heard_ms = False, now_ms
+        elif not self._heard_ms:
+            self._heard_ms = self._former_heard_ms() or now_ms
+        body = FeedState(state, detail, now_ms, self.last_event_ns, self.trades, self.worker, self._heard_ms)
+        self.bus.note(self.bus.keys.feeds, self.feed, msgspec.json.encode(body))
+
+    def _former_heard_ms(self) -> int:
+        """As the process before this one told it: one that begins again and again brings nothing either."""
+        body = self.bus.call("hget", self.bus.keys.feeds, self.feed)
+        try:
+            former = msgspec.json.decode(body or b"{}", type=feeds.FeedState)
+        except msgspec.DecodeError:
+            return 0
+        return 0 if feeds.rests(former) else former.heard_ms
 
     def leave(self) -> None:
         """Write the last state and take the heartbeat back."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from services.ingest.gate import BUDGET, CLOSED, Gate, Shut
 from services.ingest.source import Stop
+from shared import metrics
 from shared.bus import Bus
 from shared.errors import BusUnavailable, Fenced, TapelineError
 from shared.settings import Settings
@@ -211,6 +212,7 @@ class Account:
             log.warning("usage of %s is not told: %s", self.feed, error)
         except Exception:
             log.exception("usage of %s is not told", self.feed)
+            metrics.fault("ingest.usage")
 
     def _due(self, tell: bool) -> None:
         now, meter = time.monotonic(), self._meter

@@ -16,9 +16,12 @@ from services.ingest.normalize import warm
 from services.ingest.publisher import PublisherOutput
 from services.ingest.source import Source
 from services.ingest.usage import Account
+from shared import metrics
 from shared.bus import worker_id
 from shared.errors import AuthError, BusBehind, BusUnavailable, ConfigError, Fenced, TapelineError
 from shared.messages import Instrument
+from shared.outage import Seldom
+from shared.progress import Asked
 from shared.settings import Settings
 from shared.worker import wait_for_bus
 
@@ -120,7 +123,7 @@ def run_databento(settings: Settings, stop: threading.Event, args: tuple[str, ..
     history = DatabentoHistory(settings.databento, stop)
 
     def make(out: PublisherOutput) -> Source:
-        history.budget = out.account
+        history.budget, history.goes_on = out.account, out.status.went_on
         return DatabentoLive(settings.databento, partitions, feed=name, history=history, published=out.published)
 
     serve(settings, stop, Feed(name, make, True, by_ordinal=False, hours="databento.hours"))
@@ -196,14 +199,17 @@ def serve(settings: Settings, stop: threading.Event, feed: Feed) -> None:
         bus, feed.name, owner, settings.tapeline.partitions, settings.ingest, stop,
         feed.live, by_ordinal=feed.by_ordinal, tape=feed.tape, account=account,
     )  # fmt: skip
+    out.status.beat_seconds = min(out.status.beat_seconds, settings.redis.lease_seconds / 3)
+    metrics.follow(out.status.progress)
     try:
-        _follow(out, feed, stop, settings.tapeline.partitions)
+        _follow(out, feed, Asked(stop, out.status.went_on), settings.tapeline.partitions)
         if stop.is_set() and out.status.state != "ended":
             out.connection("down", "stopped")
     except TapelineError as error:
         out.connection("failed", str(error))
         raise
     finally:
+        out.status.progress.rest("the source")
         if account is not None:
             account.close()
         out.close()
@@ -213,7 +219,7 @@ def serve(settings: Settings, stop: threading.Event, feed: Feed) -> None:
 def _follow(out: PublisherOutput, feed: Feed, stop: threading.Event, partitions: int) -> None:
     source = feed.make(out)
     keeper = Keeper(source, out, out.account, stop) if out.account is not None else None
-    wait = 0.1
+    wait, told = 0.1, Seldom()
     while not stop.is_set():
         try:
             out.bus.deploy(partitions)
@@ -227,7 +233,8 @@ def _follow(out: PublisherOutput, feed: Feed, stop: threading.Event, partitions:
         except BusBehind as error:
             log.warning("%s; publishing again from there", error)
         except BusUnavailable as error:
-            log.warning("%s; trying again", error)
+            if told.add():
+                log.warning("%s; trying again", error)
             stop.wait(wait)
             wait = min(2.0, 2 * wait)
         except Fenced as error:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 import numpy as np
 
 YEAR_DAYS = 365.0
+# Who is told of an error that vollib does not name: rows without greeks are worth more than none.
+on_fault: Callable[[Exception], None] | None = None
 Greeks = tuple[float | None, float | None]
 
 
@@ -54,6 +56,10 @@ def black_76(kind: str, price: float, forward: float, strike: float, days: float
             if not (math.isfinite(iv) and iv > 0):
                 return none
             slope = float(delta(flag, forward, strike, years, rate, iv))
-    except Exception:
-        return none  # vollib raises errors of its own at the bounds
+    except Exception as error:
+        # At the bounds, vollib raises errors of its own.
+        expected = isinstance(error, ArithmeticError | ValueError) or type(error).__module__.startswith("vollib.")
+        if on_fault is not None and not expected:
+            on_fault(error)
+        return none
     return iv, slope if math.isfinite(slope) else None

@@ -12,15 +12,18 @@ from services.pressure import greeks
 from services.pressure.core import JSON_KINDS, Output, PartitionState, Undefined
 from services.pressure.kernel import warm
 from services.pressure.state import Config
+from shared import metrics
 from shared.calendar import calendar_of, sessions
 from shared.frames import NS, TICK, TICK_FRAMES, Frame, unreadable
 from shared.messages import decode, encode
+from shared.outage import Seldom
 from shared.settings import Settings
 from shared.worker import StepResult, Worker, wait_for_bus
 
 log = logging.getLogger(__name__)
 
 FRAME_MESSAGES = 500
+_told: set[type[Exception]] = set()
 
 
 class PressureCore:
@@ -28,6 +31,7 @@ class PressureCore:
 
     def __init__(self, state: PartitionState) -> None:
         self._state = state
+        self._undefined = Seldom()
 
     def step(self, frames: list[Frame]) -> StepResult:
         # What cannot be read becomes a dead letter of the aggregate stage, which reads the same frames.
@@ -35,7 +39,8 @@ class PressureCore:
         undefined = [one for one in output if isinstance(one, Undefined)]
         if undefined:
             trades = sum(len(one.rows) for one in undefined)
-            log.warning("%d option trades without a definition: dead letters (%s)", trades, undefined[0].reason)
+            if told := self._undefined.add(trades):
+                log.warning("%d option trades without a definition: dead letters (%s)", told, undefined[0].reason)
         packed = pack(output)
         return StepResult({"pressure": packed} if packed else {}, self._state.changes())
 
@@ -93,10 +98,19 @@ def pack(output: Output) -> list[Frame]:
     return frames
 
 
+def fault(error: Exception) -> None:
+    """An option has no greeks though it could have some."""
+    if type(error) not in _told:
+        _told.add(type(error))
+        log.error("iv and delta of an option cannot be computed (%r); further such faults are only counted", error)
+    metrics.fault("pressure.greeks")
+
+
 def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> None:  # noqa: ARG001
     """Service entry: the pressure of this worker's share of the partitions until stopped."""
     if settings.pressure.greeks and not greeks.available():
         log.warning("iv and delta stay empty but where the exchange gives them: pip install tapeline[greeks]")
+    greeks.on_fault = fault
     warm()
     bus = wait_for_bus(settings, stop)
     if bus is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.sink_bigquery.costs import Spent, feed_of
+from shared import metrics
 from shared.bus import Bus, worker_id
 from shared.errors import BusUnavailable, Fenced, TapelineError
 from shared.settings import Settings
@@ -82,6 +83,7 @@ class _Keeper:
         except Exception:
             # A fault of the program: the rows are worth more than the account of them, and the log has both.
             log.exception("the costs of BigQuery are not on the usage accounts any more")
+            metrics.fault("sink_bigquery.accounts")
         finally:
             bus.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,7 @@ from services.sink_bigquery.rows import Ready, ready
 from shared import faults
 from shared.batches import Batch, Cursor, CursorKey, DeadLetter
 from shared.errors import ConfigError, Fenced, StoreUnavailable, TapelineError
+from shared.progress import Asked
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,12 +73,16 @@ class BigQueryStore:
         self.name = f"bigquery:{target.project}.{target.dataset}"
         self.sharing, self.redo = "leader", dict[CursorKey, Cursor]()
         self.spent = Spent(self.method)
-        self._stop = stop
+        self.goes_on: Callable[[], None] = lambda: None  # see shared.sink.Store
+        self._stop = Asked(stop, self._asked)
         self._attended = Attended(self.where, stop)
         self._client: Any = None
         self._loads: Loads | None = None
         self._streams: Any = None
         self._buses: dict[str, _Bus] = {}
+
+    def _asked(self) -> None:
+        self.goes_on()
 
     @property
     def detail(self) -> str:

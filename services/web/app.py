@@ -16,10 +16,11 @@ from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.web import acks, assets, history, instruments, live, pipeline
+from services.web import acks, assets, exporter, history, instruments, live, pipeline
 from services.web.context import Web
 from services.web.guard import COOKIE, Guard
 from services.web.hub import Hub
+from services.web.measure import Measure
 from services.web.pipeline import Pipeline
 from services.web.problems import Problem, problem_of
 from shared.errors import TapelineError
@@ -70,7 +71,7 @@ def create(settings: Settings) -> FastAPI:
     app.state.settings = settings
     if web.token:
         app.openapi = partial(_locked, app.openapi)  # type: ignore[method-assign]
-    for module in (history, instruments, live, pipeline, acks):
+    for module in (history, instruments, live, pipeline, exporter, acks):
         app.include_router(module.router)
     app.include_router(assets.routes(), include_in_schema=False)
     app.add_exception_handler(TapelineError, _told)
@@ -85,6 +86,7 @@ def create(settings: Settings) -> FastAPI:
             allow_headers=("Authorization", "X-Tapeline", "Last-Event-ID"),
             expose_headers=("X-Next-Cursor", "Retry-After", "ETag"),
         )  # fmt: skip
+    app.add_middleware(Measure)
     return app
 
 

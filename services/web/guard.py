@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from services.web.problems import Problem
+from shared import metrics
 from shared.live import CLOSE_UNAUTHORIZED
 from shared.settings import Web
 
@@ -162,6 +163,7 @@ class Guard:
             await self._app(scope, receive, sending)
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
+            metrics.fault("web.request")
             if started:
                 raise
             failed = Problem(500, "failed", "the server failed at this request; its log has the reason")

@@ -15,6 +15,7 @@ import msgspec
 from services.web.channels import Subject
 from services.web.outbox import Bounds, Outbox
 from services.web.stream import Stream
+from shared import metrics
 from shared.api_rows import columns_of, rows_of_store
 from shared.batches import Cursor, CursorKey
 from shared.errors import TapelineError
@@ -178,6 +179,7 @@ class Pulse:
                 log.debug("the pipeline is not told: %s", error)
             except Exception:
                 log.exception("the pipeline cannot be told")
+                metrics.fault("web.hub")
             else:
                 for follower in list(self._followers):
                     follower(found)

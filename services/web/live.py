@@ -26,6 +26,7 @@ from shared.api_rows import Told
 from shared.errors import TapelineError
 from shared.frames import iso
 from shared.instants import HIGHEST, LOWEST
+from shared.metrics import LIVE_CLIENTS, LIVE_MESSAGES
 from shared.reader_bars import instant_ns
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,14 @@ class PipelineFollower:
 
 
 class Client:
-    """One connection's subscriptions and what waits to be sent to it. `ended`: why the server ends it, if it does."""
+    """One connection's subscriptions and what waits to be sent to it. `ended`: why the server ends it, if it does.
 
-    def __init__(self, web: Web, drop: Callable[[str], None]) -> None:
+    `transport`: websocket or sse, for the metrics.
+    """
+
+    def __init__(self, web: Web, transport: str, drop: Callable[[str], None]) -> None:
         self.web = web
+        self._open, self._sent = LIVE_CLIENTS.labels(transport), LIVE_MESSAGES.labels(transport)
         self.outbox = Outbox(drop, web.hub.bounds)
         self.ended = ""
         self._end = asyncio.Event()
@@ -114,9 +119,15 @@ class Client:
     async def serve(self, send: Callable[[list[Message]], Awaitable[None]], listen: Awaitable[None]) -> None:
         """Until the client has gone, sending fails, or it is dropped."""
         self.web.hub.connections[self] = None
+        self._open.inc()
+
+        async def counted(messages: list[Message]) -> None:
+            await send(messages)
+            self._sent.inc(len(messages))
+
         tasks = {
             asyncio.ensure_future(listen),
-            asyncio.create_task(self.outbox.send_all(send)),
+            asyncio.create_task(self.outbox.send_all(counted)),
             asyncio.create_task(self._end.wait()),
         }
         try:
@@ -124,6 +135,7 @@ class Client:
             for task in done:
                 task.result()
         finally:
+            self._open.dec()
             self.outbox.close()
             for sub in self._subs.values():
                 sub.close()
@@ -166,7 +178,7 @@ async def follow(socket: WebSocket) -> None:
     if len(web.hub.connections) >= most:
         await socket.close(live.CLOSE_TOO_MANY, f"{most} live connections are open: try again later")
         return
-    client = Client(web, _dropping(socket))
+    client = Client(web, "websocket", _dropping(socket))
 
     together = sender_of(socket)
 
@@ -287,7 +299,7 @@ class Events(Response):
         del self.headers["content-length"]
         self._drop = drop
         self._gone = asyncio.Event()
-        self.client = Client(web, self._dropped)
+        self.client = Client(web, "sse", self._dropped)
 
     def _dropped(self, reason: str) -> None:
         log.info("a client of the event stream is dropped: %s", reason)

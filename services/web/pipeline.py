@@ -1,4 +1,4 @@
-"""What the pipeline does now: `/health`, `/api/v1/pipeline`, `/api/v1/meta`, and the channel `pipeline`.
+"""What the pipeline does now: `/health`, `/api/v1/pipeline`, `/api/v1/meta`, the channel `pipeline`, and the metrics.
 
 Redis and the store are looked at by turns, each in a thread of its own, so that one that does not answer holds up
 neither the other nor the server; what cannot be known now is said in the answer.
@@ -6,40 +6,57 @@ neither the other nor the server; what cannot be known now is said in the answer
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter
+from redis.cluster import RedisCluster
+from redis.exceptions import ResponseError
 from starlette.requests import Request
 
 from services.web.context import web_of
 from services.web.problems import Json
 from services.web.threads import Look
+from shared import metrics
 from shared.bus import Bus
 from shared.errors import TapelineError
-from shared.feeds import Silence, states
+from shared.feeds import FeedState, silent, states
 from shared.frames import FEATURE_COLUMNS, NS, iso
+from shared.health import unhealthy, verdicts
 from shared.log import Masker
 from shared.reader_bars import ROLLING, SECONDS
 from shared.settings import Settings
 from shared.status import Reader, Status, Stream
 from shared.stores import parse, read_rows
 from shared.timeframes import name_of, seconds_of
-from shared.usage import HISTORY, NOTHING, RUNNING, day_of, now_ns, totals_of
-from shared.usage_book import STORES, purchases, row_of
+from shared.usage_book import today
 
 log = logging.getLogger(__name__)
 
 BUS_SECONDS, STORE_SECONDS = 1.0, 5.0
 # How long an answer waits for a look; after that it says what was known before.
 PATIENCE_SECONDS = 1.5
+# How long a scrape waits for one: Prometheus has more time than a reader of the page.
+SCRAPE_SECONDS = 4.0
 HOUR_NS = 3600 * NS
 MOST_COUNTED = 10_000
 Answer = dict[str, Any]
 
 router = APIRouter(tags=["pipeline"])
+
+
+class Seen(NamedTuple):
+    """A look at Redis as it was: `answer` is made of `status`.
+
+    `memory`: bytes used and their limit (0: none), if told.
+    """
+
+    status: Status
+    answer: Answer
+    memory: tuple[int, int] | None
 
 
 @router.get("/health", summary="Whether this server, Redis and the store answer", response_model=None)
@@ -108,6 +125,14 @@ class Pipeline:
             "store": parse(s.tapeline.store).scheme,
         }  # fmt: skip
 
+    async def seen(self) -> tuple[Seen | None, Answer | None]:
+        """What was found in Redis and in the store; None for one that does not answer now."""
+        await asyncio.gather(self._redis_look.get(SCRAPE_SECONDS), self._store_look.get(SCRAPE_SECONDS))
+        store = self._store_look.found
+        bus = None if self._redis_look.waiting >= SCRAPE_SECONDS else self._bus.seen
+        fine = self._store_look.waiting < SCRAPE_SECONDS and store is not None and store["store"] == "ok"
+        return bus, store if fine else None
+
     async def _looks(self) -> tuple[Answer, Answer]:
         bus = await self._redis_look.get(PATIENCE_SECONDS)
         # What is a little old is told at once, and looked at again meanwhile.
@@ -120,12 +145,12 @@ class Pipeline:
 
 
 class BusLook:
-    """Everything of the answer that Redis knows."""
+    """Everything of the answer that Redis knows. `seen`: what the last look found, None if it found nothing."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._mask = settings, Masker(settings)
         self._bus: Bus | None = None
-        self._silence = Silence(settings)
+        self.seen: Seen | None = None
         self._since: dict[str, tuple[str, int]] = {}  # feed -> (state, since when)
         self._counted: dict[str, tuple[int, int]] = {}  # topic -> (records, at ms)
         self._wrong = ""
@@ -136,33 +161,39 @@ class BusLook:
             self._bus.close()
 
     def look(self) -> Answer:
+        found: Seen | None = None
         try:
             found, self._wrong = self._look(), ""
-            return found
+            return found.answer
         except TapelineError as error:
             return _no_bus(" ".join(self._mask(str(error)).split()))
         except Exception as error:  # what another program wrote must not end the looking
             wrong = f"what is in Redis cannot be read ({type(error).__name__})"
             if wrong != self._wrong:
                 log.exception("the state of the pipeline is not known")
+                metrics.fault("web.pipeline")
             self._wrong = wrong
             return _no_bus(wrong)
+        finally:
+            self.seen = found
 
-    def _look(self) -> Answer:
+    def _look(self) -> Seen:
         s = self._settings
         if self._bus is None:
             self._bus = Bus(s.redis.url, s.tapeline.namespace, cluster=s.redis.cluster)
         held = self._bus.call("hget", self._bus.keys.deployment, "partitions")
         partitions = int(held or s.tapeline.partitions)
         status = Reader(self._bus, partitions, s.redis.lease_seconds).read()
-        streams = self._streams(status)
+        feeds, streams = states(self._bus), self._streams(status)
+        wrong = {v.name: v.why for v in unhealthy(verdicts(status, feeds, s)) if v.kind == "worker"}
         lags = [stream["lag_seconds"] for stream in streams]
-        return {
+        answer = {
             "redis": "ok",
-            "feeds": self._feeds(self._bus, status.now_ms),
+            "feeds": self._feeds(feeds, status.now_ms),
             "workers": [
-                {"worker": w.worker, "service": w.service, "alive": w.alive, "age_seconds": round(w.age_seconds, 1),
-                 "partitions": w.partitions, "detail": self._mask(w.detail)}
+                {"worker": w.worker, "service": w.service, "alive": w.alive, "healthy": w.worker not in wrong,
+                 "why": wrong.get(w.worker, ""), "age_seconds": round(w.age_seconds, 1), "partitions": w.partitions,
+                 "detail": self._mask(w.detail)}
                 for w in status.workers
             ],
             "streams": streams,
@@ -170,10 +201,10 @@ class BusLook:
             "counters": status.counters,
             "usage": self._usage(self._bus, status.feeds),
         }  # fmt: skip
+        return Seen(status, answer, _memory(self._bus))
 
-    def _feeds(self, bus: Bus, now_ms: int) -> list[Answer]:
-        known = states(bus)
-        silent = {quiet.feed: quiet for quiet in self._silence.of(known, now_ms)}
+    def _feeds(self, known: dict[str, FeedState], now_ms: int) -> list[Answer]:
+        quiet = {found.feed: found for found in silent(known, self._settings, now_ms)}
         found = []
         for name, feed in sorted(known.items()):
             state, since = self._since.get(name, ("", 0))
@@ -182,7 +213,7 @@ class BusLook:
                 since = min(feed.at_ms, now_ms) if not state else now_ms
                 self._since[name] = (feed.state, since)
             newest = feed.last_event_ns
-            why = silent.get(name)
+            why = quiet.get(name)
             found.append({
                 "feed": name, "state": feed.state, "since": _instant(since),
                 "detail": self._mask("; ".join(filter(None, (feed.detail, why.why if why else "")))),
@@ -217,22 +248,11 @@ class BusLook:
         return found
 
     def _usage(self, bus: Bus, feeds: dict[str, Any]) -> list[Answer]:
-        """Of today, as far as the bus and this machine know it."""
-        s, day = self._settings, day_of(now_ns())
-        found = []
-        for feed in sorted({*feeds, HISTORY, *s.usage.priced_feeds, *STORES}):
-            body = bus.call("hget", bus.keys.usage(feed), day)
-            row = row_of(body) if body else None
-            total = totals_of(row) if row else NOTHING
-            if feed == HISTORY:
-                total = total.join(purchases(s.tapeline.state_dir).get(day, NOTHING))
-            if row is not None or total != NOTHING:
-                found.append({
-                    "feed": feed, "day": day, "cost_usd": total.cost_usd,
-                    "budget_usd": row.budget_usd if row else s.usage.daily_usd,
-                    "state": row.state if row else RUNNING, "bytes": total.bytes,
-                })  # fmt: skip
-        return found
+        return [
+            {"feed": row.feed, "day": row.day, "cost_usd": row.day_cost_usd, "budget_usd": row.budget_usd,
+             "state": row.state, "bytes": row.day_bytes}
+            for row in today(bus, self._settings, feeds)
+        ]  # fmt: skip
 
 
 class StoreLook:
@@ -267,6 +287,18 @@ class StoreLook:
                 [row["ticker"] for row in rolling] or [f"{row['exchange']}:{row['symbol']}" for row in fixed]
             )),
         }  # fmt: skip
+
+
+def _memory(bus: Bus) -> tuple[int, int] | None:
+    """Bytes that Redis uses and may use, of a cluster all masters together; None where it does not tell us."""
+    try:
+        if bus.cluster:
+            told = list(bus.call("info", "memory", target_nodes=RedisCluster.PRIMARIES).values())
+        else:
+            told = [bus.call("info", "memory")]
+        return sum(int(node["used_memory"]) for node in told), sum(int(node["maxmemory"]) for node in told)
+    except (ResponseError, KeyError):  # a user without the right to ask; a server that is like Redis
+        return None
 
 
 def _no_bus(why: str) -> Answer:

@@ -19,6 +19,7 @@ from services.web.hub import Hub, Snapshot, SnapshotAsk
 from services.web.outbox import Outbox
 from services.web.places import Place, place_of_store
 from services.web.stream import Entry, Stream, next_cursor, order_of
+from shared import metrics
 from shared.api_rows import Told, key_of
 from shared.batches import Cursor
 from shared.errors import ConfigError, StoreUnusable, TapelineError, Unavailable
@@ -90,6 +91,7 @@ class Subscription:
                 return
             except Exception:
                 log.exception("subscription to %s failed", self.subject)
+                metrics.fault("web.seam")
                 why = "the server failed at this subscription; its log has the reason"
             await self._show_what_there_is()
             self.told(why)

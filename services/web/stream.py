@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from services.web.channels import Followed, Subject
 from services.web.places import Place
+from shared import metrics
 from shared.api_rows import Told
 from shared.batches import Cursor
 from shared.errors import BusUnavailable, TapelineError, Unavailable
@@ -195,6 +196,7 @@ class Stream:
                 pause = PAUSE_SECONDS
             except Exception:
                 log.exception("reading %s failed", self.topic)
+                metrics.fault("web.stream")
                 self._say("the server failed at reading the bus; its log has the reason")
                 pause = PAUSE_SECONDS
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -266,6 +268,7 @@ class Stream:
             found = self._followed.rows_of(frame)
         except Exception:
             log.exception("entry %s of %s cannot be told", frame.id, self.topic)
+            metrics.fault("web.stream")
             return
         for subject, told in found.items():
             for follower in list(self._followers.get(subject, ())):
@@ -273,6 +276,7 @@ class Stream:
                     follower.rows(entry, told)
                 except Exception:
                     log.exception("entry %s of %s could not be told to one", frame.id, self.topic)
+                    metrics.fault("web.stream")
                     self.remove(follower)
                     follower.lost()
 

@@ -15,13 +15,17 @@ from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.web.app import create
 from services.web.context import Web
+from services.web.exporter import exported
 from services.web.sockets import Requests, Sockets
+from shared import metrics
 from shared.bus import Bus, worker_id
 from shared.errors import BusUnavailable, ConfigError, TapelineError
 from shared.heartbeat import beat, leave
+from shared.progress import Asked, Progress
 from shared.settings import Settings
 from shared.supervise import page_url
 
@@ -48,9 +52,11 @@ def run(settings: Settings, stop: threading.Event, args: tuple[str, ...]) -> Non
         for listener in listeners:
             held.enter_context(listener)
         log.info("the page is at %s", page_url(settings.web, listeners[0].getsockname()[1]))
+        metrics.follow(heart.progress)
+        heart.went_on()
         heart.thread.start()
         held.callback(heart.end)
-        asyncio.run(serve(app, listeners, stop))
+        asyncio.run(serve(app, listeners, Asked(stop, heart.went_on), REGISTRY))
     if heart.failed is not None:
         raise heart.failed
 
@@ -81,8 +87,13 @@ def _why_not(error: OSError, host: str, port: int) -> str:
     return f"cannot listen at {host}, port {port} ({error.strerror or error}): set TAPELINE_WEB_HOST, TAPELINE_WEB_PORT"
 
 
-async def serve(app: FastAPI, listeners: list[socket.socket], stop: threading.Event) -> None:
-    """Serve an application until `stop`; its live connections are told that it ends."""
+async def serve(
+    app: FastAPI, listeners: list[socket.socket], stop: threading.Event, registry: CollectorRegistry | None = None
+) -> None:
+    """Serve an application until `stop`; its live connections are told that it ends.
+
+    `registry`: through which the metrics of bus and store are told.
+    """
     log_quietly()
     web = app.state.settings.web
     config = uvicorn.Config(
@@ -102,7 +113,8 @@ async def serve(app: FastAPI, listeners: list[socket.socket], stop: threading.Ev
         timeout_graceful_shutdown=REST_SECONDS,
     )
     async with app.router.lifespan_context(app):
-        await Server(config, app.state.web, stop).serve(sockets=listeners)
+        with exported(app.state.web.pipeline, app.state.settings, registry):
+            await Server(config, app.state.web, stop).serve(sockets=listeners)
 
 
 def log_quietly() -> None:
@@ -147,14 +159,22 @@ class Server(uvicorn.Server):
 
 
 class Heart:
-    """Says in Redis that this process lives, on a thread of its own; waits for Redis when it is away."""
+    """Says in Redis that this process lives, on a thread of its own; waits for Redis when it is away.
+
+    `progress`: of the event loop, which asks many times a second whether it must stop.
+    """
 
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self._settings, self._stop = settings, stop
         self._over = threading.Event()
         self._worker = worker_id(NAME)
+        self.progress = Progress()
         self.failed: TapelineError | None = None
         self.thread = threading.Thread(target=self._run, name="web-heart", daemon=True)
+
+    def went_on(self) -> None:
+        """The event loop turns."""
+        self.progress.mark("the event loop")
 
     def end(self) -> None:
         """Forget this worker; returns soon, whether Redis answers or not."""
@@ -168,7 +188,9 @@ class Heart:
             try:
                 if bus is None:
                     bus = self._connect()
-                beat(bus, self._worker, NAME, detail=page_url(self._settings.web))
+                beat(bus, self._worker, NAME, detail=page_url(self._settings.web), progress=self.progress)
+                if told:
+                    log.info("Redis answers again")
                 told = False
             except BusUnavailable as error:
                 if not told:
@@ -178,7 +200,7 @@ class Heart:
                 self.failed = error
                 self._stop.set()
                 break
-            self._over.wait(BEAT_SECONDS)
+            self._over.wait(min(BEAT_SECONDS, self._settings.redis.lease_seconds / 3))
         if bus is not None:
             self._leave(bus)
 

@@ -4,6 +4,8 @@
 --       number of alerts to remove, ids..., number of acknowledgements taken, ids...
 -- Returns {status, detail}: OK, FENCED (another owner).
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return {'FENCED', redis.call('HGET', KEYS[1], 'owner') or ''} end
+-- Deleting needs no memory, and what follows a write may go beyond maxmemory: a full Redis is worth an alert.
+redis.call('HDEL', KEYS[2], '')
 local at = 2
 for hash = 2, 3 do
   local n = tonumber(ARGV[at])

@@ -13,6 +13,8 @@ for i = 1, topics do
   local held = tonumber(redis.call('HGET', KEYS[4 + 2 * i], 'bytes') or '0')
   if tonumber(ARGV[4 + 5 * i + 3]) > 0 and held >= tonumber(ARGV[4 + 5 * i]) then return {'FULL', KEYS[3 + 2 * i]} end
 end
+-- Deleting needs no memory, and what follows a write may go beyond maxmemory: a full Redis empties by commits only.
+redis.call('HDEL', KEYS[2], '')
 local at = 9 + 5 * topics
 local n = tonumber(ARGV[at])
 for i = at + 1, at + n, 2 do redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1]) end

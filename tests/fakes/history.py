@@ -37,6 +37,7 @@ FIELDS = {
     },
     "symbology.resolve": {"dataset", "symbols", "stype_in", "stype_out", "start_date", "end_date"},
 }  # fmt: skip
+DATASETS = "metadata.list_datasets"  # the one GET
 BARS = {"ohlcv-1s": 1, "ohlcv-1m": 60, "ohlcv-1h": 3600, "ohlcv-1d": 86400}  # seconds
 SCHEMAS = ("tbbo", "definition", *BARS)
 Request = tuple[str, dict[str, str]]
@@ -70,6 +71,7 @@ class History:
         self.requests: list[Request] = []
         self.complaints: list[str] = []
         self.faults: dict[str, str] = {}
+        self.datasets = [tape.dataset, "XNAS.ITCH"]  # what the account may ask for
         self.stop = threading.Event()
         self._shift = shift
         self._first_day = tape.start_ns // DAY
@@ -111,6 +113,8 @@ class History:
             return b"[1, 2"
         if kind == "empty":
             return b""
+        if endpoint == DATASETS:
+            return json.dumps(self.datasets).encode()
         if endpoint == "metadata.get_cost":
             self._listings(form)
             return json.dumps(self.cost).encode()
@@ -209,13 +213,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        self._refuse(Refused(405, "not_like_the_client", "only POST"))
+        self._answer(self._asked)
 
     def do_POST(self) -> None:
-        history = self.server.history
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        self._answer(lambda: self._checked(raw))
+
+    def _answer(self, asked: Callable[[], Request]) -> None:
+        history = self.server.history
         try:
-            endpoint, form = self._checked(raw)
+            endpoint, form = asked()
             history.requests.append((endpoint, form))
             body = history.answer(endpoint, form)
         except Refused as refusal:
@@ -246,10 +253,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(b"0\r\n\r\n")
 
-    def _checked(self, raw: str) -> Request:
+    def _asked(self) -> Request:
+        self._authorized()
+        endpoint = self.path.removeprefix("/v0/")
+        if endpoint != DATASETS:
+            raise Refused(405, "not_like_the_client", f"GET {self.path}")
+        return endpoint, {}
+
+    def _authorized(self) -> None:
         keys = [base64.b64encode(f"{key}:".encode()).decode() for key in self.server.history.keys]
         if self.headers.get("Authorization") not in [f"Basic {key}" for key in keys]:
             raise Refused(401, "auth_authentication_failed", "Authentication failed.")
+
+    def _checked(self, raw: str) -> Request:
+        self._authorized()
         endpoint = self.path.removeprefix("/v0/")
         if endpoint not in FIELDS or self.headers.get("Content-Type") != FORM:
             raise Refused(404, "not_like_the_client", f"{self.path} with {self.headers.get('Content-Type')}")

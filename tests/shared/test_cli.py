@@ -53,7 +53,7 @@ def test_every_command_is_there() -> None:
     assert top == {
         "up", "run", "replay", "backfill", "generate", "tail", "watch", "status", "streams", "config",
         "doctor", "warm", "demo", "instruments", "explain", "usage", "alerts", "dead-letters",
-        "import", "migrate", "plot",
+        "import", "migrate", "plot", "completion", "health", "top",
     }  # fmt: skip
     assert {"streams list", "streams info", "streams trim", "streams drop-consumer", "config show", "config check"} <= {
         " ".join(path) for path, _ in ALL
@@ -180,6 +180,30 @@ def test_config_show_masks_and_names_the_origin(tmp_path: Path) -> None:
     assert len(plain.splitlines()) == len(rows)
 
 
+def test_config_show_of_what_is_changed_tells_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("db-of-a-file\n")
+    (tmp_path / "tapeline.toml").write_text('[web]\ntoken = "token-of-the-file"\n')
+    environ = {
+        "DATABENTO_API_KEY_FILE": "key", "TAPELINE_ALERTS_CHANNELS": "desk=https://hooks.example/T0/hook-token-0123",
+        "TAPELINE_STORE": "postgresql://bob:geheim@h/db?sslpassword=geheim2", "REDIS_URL": "redis://:leise@h:6379/0",
+    }  # fmt: skip
+    done = tapeline("config", "show", "--changed", "--json", cwd=tmp_path, **environ)
+    rows = {r["setting"]: (r["value"], r["origin"]) for r in json.loads(done.stdout)}
+    assert rows == {
+        "databento.api_key": ("***", "file key (env DATABENTO_API_KEY_FILE)"),
+        "alerts.channels": ({"desk": "***"}, "env TAPELINE_ALERTS_CHANNELS"),
+        "tapeline.store": (rows["tapeline.store"][0], "env TAPELINE_STORE"),
+        "redis.url": (rows["redis.url"][0], "env REDIS_URL"),
+        "web.token": ("***", "file tapeline.toml"),
+    }
+    plain = tapeline("config", "show", "--changed", cwd=tmp_path, **environ).stdout
+    assert len(plain.splitlines()) == len(rows)
+    for secret in ("db-of-a-file", "hook-token", "geheim", "leise", "token-of-the-file"):
+        assert secret not in done.stdout + plain
+    (tmp_path / "tapeline.toml").unlink()
+    assert tapeline("config", "show", "--changed", cwd=tmp_path).stdout == "every setting is at its default\n"
+
+
 def test_config_check(tmp_path: Path) -> None:
     assert json.loads(tapeline("config", "check", "--json", cwd=tmp_path).stdout)["fine"] is True
     done = tapeline("config", "check", cwd=tmp_path, TAPELINE_FEEDS="nyse")
@@ -197,10 +221,13 @@ def test_config_check(tmp_path: Path) -> None:
 def test_doctor_says_what_is_wrong_with_the_remedy(tmp_path: Path) -> None:
     done = tapeline("doctor", "--json", cwd=tmp_path, TAPELINE_FEEDS="databento", TAPELINE_REDIS_PORT="0")
     found = {f["check"]: f for f in json.loads(done.stdout)}
-    assert set(found) == {"settings", "redis server", "redis", "store", "disk", "kernel", "key"}
+    assert set(found) == {
+        "settings", "redis server", "redis", "store", "databento live", "disk", "web port", "metrics port", "page",
+        "open files", "cpu", "kernel",
+    }  # fmt: skip
     assert done.returncode == 1
-    assert not found["key"]["fine"]
-    assert "DATABENTO_API_KEY" in found["key"]["says"]
+    assert not found["databento live"]["fine"]
+    assert "set DATABENTO_API_KEY" in found["databento live"]["says"]
     assert all(found[name]["fine"] for name in ("settings", "redis server", "redis", "store", "disk"))
 
 

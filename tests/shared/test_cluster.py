@@ -300,6 +300,7 @@ def look_at(cbus: Bus, tmp_path: Path) -> None:
 
     def run(*args: str) -> str:
         env = {"REDIS_URL": cbus.url, "TAPELINE_REDIS_CLUSTER": "true", "TAPELINE_NAMESPACE": cbus.keys.namespace}
+        env |= {"TAPELINE_WEB_PORT": "0", "TAPELINE_METRICS_PORT": "0"}
         done = tapeline(*args, cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -319,7 +320,9 @@ def look_at(cbus: Bus, tmp_path: Path) -> None:
     assert "entries removed" in run("streams", "trim", "--topic", "ticks")
     name = next(c["name"] for s in status["streams"] if s["topic"] == "candles" for c in s["consumers"])
     assert "forgotten" in run("streams", "drop-consumer", name, "--yes")
-    assert "answers" in run("doctor")
+    doctor = run("doctor")
+    assert "answers as a cluster of 3 primaries, append-only, noeviction" in doctor
+    assert "clock of redis: 0.00 s from ours" in doctor
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

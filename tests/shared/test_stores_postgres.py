@@ -281,7 +281,8 @@ def test_doctor_asks_and_proves_bigquery(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(registry, "resolve", lambda path: {"check": check, "prove": prove}[path.rpartition(":")[2]])
     monkeypatch.setenv("TAPELINE_STORE", "bigquery://p/d")
     findings = {f["check"]: f for f in json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)}
-    assert findings["store"] == {"check": "store", "fine": True, "says": "dataset of bigquery://p/d"}
+    assert findings["store"] == {"check": "store", "fine": True, "state": "ok",
+                                 "says": "dataset of bigquery://p/d"}  # fmt: skip
     assert "bigquery" not in findings
     monkeypatch.setenv("TAPELINE_STORE", "sqlite:///x.db")
     monkeypatch.setenv("GCP_PROJECT_ID", "p")

@@ -62,6 +62,13 @@ function workers(now) {
   const dead = now.workers.filter((worker) => !worker.alive);
   if (!now.workers.length) return { state: now.redis === "ok" ? "warn" : "stale", text: "none" };
   const alive = now.workers.length - dead.length;
+  const stuck = now.workers.filter((worker) => worker.alive && !worker.healthy);
+  if (stuck.length && !dead.length)
+    return {
+      state: "bad",
+      text: `${alive} alive, ${stuck.length} stuck`,
+      why: stuck.map((worker) => `${worker.worker}: ${worker.why}`).join("; "),
+    };
   if (!dead.length) return { state: "ok", text: `${alive} alive` };
   // A worker that stopped leaves its last heartbeat; another one of its service may do its work.
   const lost = dead.filter((worker) => !now.workers.some((other) => other.alive && other.service === worker.service));

@@ -60,7 +60,7 @@ export function detailsOf(now) {
       now.workers.map((worker) => [
         worker.worker,
         worker.service,
-        mark(worker.alive ? "ok" : "bad", worker.alive ? "alive" : "dead"),
+        mark(worker.healthy ? "ok" : "bad", worker.healthy ? "alive" : worker.alive ? worker.why : "dead"),
         `${span(worker.age_seconds)} ago`,
         partitionsOf(worker.partitions),
       ]),

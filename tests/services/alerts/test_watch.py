@@ -34,8 +34,11 @@ def s(bus: Bus) -> Settings:
     return configured(bus, CHANNELS, silent_seconds=120.0, backlog_seconds=60.0)
 
 
-def feed(bus: Bus, name: str, at_ms: int, event_ns: int = 1, state: str = "connected") -> None:
-    body = {"state": state, "detail": "why", "at_ms": at_ms, "last_event_ns": event_ns, "published": 1, "worker": "w"}
+def feed(bus: Bus, name: str, at_ms: int, heard_ms: int = 0, state: str = "connected", detail: str = "why") -> None:
+    body = {
+        "state": state, "detail": detail, "at_ms": at_ms, "last_event_ns": 1, "published": 1, "worker": "w",
+        "heard_ms": heard_ms,
+    }  # fmt: skip
     bus.call("hset", bus.keys.feeds, name, msgspec.json.encode(body))
 
 
@@ -60,32 +63,76 @@ def test_a_feed_whose_process_is_gone(bus: Bus, s: Settings) -> None:
 @pytest.mark.parametrize("state", ["connected", "down", "waiting"])
 def test_a_feed_that_says_it_lives_but_brings_nothing(bus: Bus, s: Settings, state: str) -> None:
     watch = Watch(bus, s)
-    for second in range(0, 121, 10):
-        feed(bus, "databento", NOW + second * 1000, state=state)
-        assert silent(watch, NOW + second * 1000) == {}
-    feed(bus, "databento", NOW + 121_000, state=state)
-    assert silent(watch, NOW + 121_000) == {"databento": f"nothing new since 2023-12-26T00:00:00Z; it is {state} (why)"}
-    feed(bus, "databento", NOW + 122_000, event_ns=2)
-    assert silent(watch, NOW + 122_000) == {}, "event time moves on; whether it is old (a tape) does not matter"
+    feed(bus, "databento", NOW + 120_000, NOW, state)
+    assert silent(watch, NOW + 120_000) == {}
+    feed(bus, "databento", NOW + 121_000, NOW, state)
+    found = {"databento": f"nothing new since 2023-12-26T00:00:00Z; it is {state} (why)"}
+    assert silent(watch, NOW + 121_000) == found == silent(Watch(bus, s), NOW + 121_000), "one look is enough"
+    feed(bus, "databento", NOW + 122_000, NOW + 121_500)
+    assert silent(watch, NOW + 122_000) == {}
 
 
-@pytest.mark.parametrize("state", ["ended", "budget", "closed"])
-def test_a_feed_that_rests_is_not_silent(bus: Bus, s: Settings, state: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "detail"), [("ended", "why"), ("budget", "why"), ("closed", "why"), ("down", "stopped")]
+)
+def test_a_feed_that_rests_is_not_silent(bus: Bus, s: Settings, state: str, detail: str) -> None:
     watch = Watch(bus, s)
-    feed(bus, "databento", NOW, state=state)
+    feed(bus, "databento", NOW, NOW, state, detail)
     assert silent(watch, NOW + 3_600_000) == {}
 
 
 def test_a_feed_is_not_silent_outside_its_hours(bus: Bus, s: Settings) -> None:
+    """Its calendar is that of `hours`, else of its symbols: index futures rest at weekends, crypto never does."""
     hours = replace(s, databento=msgspec.structs.replace(s.databento, hours="CME Globex Equity"))
     saturday = 1_703_332_800_000 + 12 * 3_600_000  # 2023-12-23T12:00Z + 12 h
+    wednesday = 1_703_700_000_000
+    for symbols, rests in (
+        (("ES.FUT", "E1A.OPT"), True), (("NQZ4", "ES.c.0", "ESZ4 C5000"), True), (("ES.FUT", "CL.FUT"), False),
+    ):  # fmt: skip
+        only = replace(s, databento=msgspec.structs.replace(s.databento, symbols=symbols))
+        assert in_session("databento", only, saturday) != rests
+        assert in_session("databento", only, wednesday)
     assert not in_session("databento", hours, saturday)
-    assert in_session("databento", s, saturday)
-    assert in_session("databento", hours, 1_703_700_000_000)  # Wednesday
+    assert in_session("databento", hours, wednesday)
     assert in_session("tardis:binance", hours, saturday)
     watch = Watch(bus, hours)
     feed(bus, "databento", saturday)
     assert silent(watch, saturday + 600_000) == {}
+    opened = 1_703_545_200_000  # Monday 2023-12-25T23:00Z, after the holiday
+    feed(bus, "databento", opened + 120_000, saturday)
+    assert silent(watch, opened + 120_000) == {}, "it had no time to bring anything yet"
+    feed(bus, "databento", opened + 121_000, saturday)
+    assert silent(watch, opened + 121_000) == {
+        "databento": "nothing new since 2023-12-25T23:00:00Z; it is connected (why)"
+    }
+
+
+def test_workers_and_partitions_that_are_unhealthy_for_a_while(bus: Bus, s: Settings) -> None:
+    """A lease (5 s) and the time of a restart must have passed."""
+    watch = Watch(bus, s)
+
+    def worker(worker: str, age_ms: int, **more: object) -> None:
+        told = {"worker": worker, "service": "aggregate", "host": "box", "pid": 1, "at_ms": now - age_ms}
+        bus.call("hset", bus.keys.workers, worker, msgspec.json.encode(told | more))
+
+    now = redis_now_ms(bus)
+    worker("lives", 0)
+    worker("restarts", 9_000)
+    bus.call("hset", bus.keys.lease(0, "pressure"), "expires_ms", now - 9_000)
+    assert of(watch.look(NOW), "worker") == []
+    worker("restarts", 16_000, name="aggregate-1")
+    worker("hangs", 0, stalled_ms=31_000, part="partition 3")
+    bus.call("hset", bus.keys.lease(0, "pressure"), "expires_ms", now - 16_000)
+    found = {event.key: event for event in of(watch.look(NOW), "worker")}
+    assert set(found) == {"aggregate-1 on box", "worker hangs", "partition pressure"}
+    gone, stuck, free = found["aggregate-1 on box"], found["worker hangs"], found["partition pressure"]
+    assert gone.title == "worker restarts (aggregate-1) is unhealthy"
+    assert gone.text.startswith("not seen for 16 s")
+    assert stuck.text.startswith("partition 3 has not gone on for 31 s")
+    assert (free.title, free.text[:40]) == ("stage pressure is unhealthy", "nobody works on partition 0, for 16 s")
+    bus.call("hdel", bus.keys.workers, "restarts", "hangs")
+    assert bus.acquire(0, "pressure", "new", 60_000)
+    assert of(watch.look(NOW), "worker") == []
 
 
 def usage(bus: Bus, name: str, cost: float, state: str = "running", at_ms: int = NOW) -> None:

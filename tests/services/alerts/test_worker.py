@@ -14,7 +14,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client import REGISTRY
 
+from services.alerts import worker
+from services.alerts.channels import Answer, Message, open_channel
 from services.alerts.worker import run
 from shared.alerts import DROPPED, REFUSED, SENT
 from shared.bus import Bus
@@ -171,6 +174,48 @@ def test_a_channel_that_hangs_or_fails_holds_up_no_other(bus: Bus, receiver: Rec
         settled(bus, 10)
     for path in channels:
         assert len({g.key for g in receiver.taken(path)}) == len(receiver.taken(path)) == 10
+
+
+def test_alerts_and_attempts_to_deliver_them_are_counted(
+    bus: Bus, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"tapeline_{name}_total", labels) or 0.0
+
+    def counts() -> list[float]:
+        return [
+            told("alerts", severity="INFO", kind="pressure_spike"), told("alerts", severity="INFO", kind="other"),
+            told("alert_deliveries", channel="once", result="sent"),
+            told("alert_deliveries", channel="once", result="failed"),
+            told("alert_deliveries", channel="gone", result="failed"),
+            told("alert_deliveries", channel="odd", result="failed"),
+            told("alert_deliveries", channel="odd", result="sent"),
+            told("faults", where="alerts.outbox"),
+            told("lease_changes", stage="alerts", change="acquired"),
+            told("lease_changes", stage="alerts", change="released"),
+        ]  # fmt: skip
+
+    class Odd:
+        def __init__(self) -> None:
+            self.failed = 0
+
+        def send(self, message: Message) -> Answer:
+            self.failed += 1
+            if self.failed == 1:
+                raise ZeroDivisionError
+            return Answer(SENT)
+
+    odd = Odd()
+    monkeypatch.setattr(worker, "open_channel", lambda s, name: odd if name == "odd" else open_channel(s, name))
+    receiver.answer = lambda path, before: (404 if path == "/gone" else 200 if before else 503, {"Retry-After": "0"})
+    before = counts()
+    with Running(configured(bus, {name: receiver.url(name) for name in ("once", "gone", "odd")})):
+        until(lambda: begun(bus))
+        assert REGISTRY.get_sample_value("tapeline_partitions_owned", {"stage": "alerts"}) == 1
+        publish(bus, signal(), signal(signal_type="a type of some plug-in", source="plug-in"))
+        settled(bus, 2)
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1, 2, 1, 2, 1, 2, 1, 1, 1]
+    assert REGISTRY.get_sample_value("tapeline_partitions_owned", {"stage": "alerts"}) == 0
 
 
 def test_an_acknowledgement_stops_the_deliveries(

@@ -6,8 +6,9 @@ import math
 from statistics import NormalDist
 
 import pytest
+from prometheus_client import REGISTRY
 
-from services.pressure import greeks
+from services.pressure import greeks, worker
 from services.pressure.greeks import black_76
 from tests.services.pressure.market import DAY, EXPIRY, begin, clock, frame, future, ns, only, option, play, trade
 
@@ -65,6 +66,30 @@ def test_never_raises_and_never_gives_what_is_no_number() -> None:
                 for days in (1e-9, 0.01, 30.0, 1e5):
                     for one in black_76(kind, price, forward, 20_000.0, days, 0.02):
                         assert one is None or math.isfinite(one)
+
+
+def test_what_the_package_fails_at_is_counted_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> float:
+        raise TypeError("of another version")
+
+    def counted() -> float:
+        return REGISTRY.get_sample_value("tapeline_faults_total", {"where": "pressure.greeks"}) or 0.0
+
+    before = counted()
+    monkeypatch.setattr(greeks, "on_fault", worker.fault)
+    monkeypatch.setattr(worker, "_told", set())
+    assert black_76("C", 20_499.999999, 20_500.0, 1e-9, 1e-9, 0.0) == (None, None), "at the bounds, as it should"
+    assert counted() == before
+    monkeypatch.setattr(greeks, "_vollib", lambda: (broken, broken))
+    for _ in range(3):
+        assert black_76("C", 600.0, 20_500.0, 20_000.0, 10.0, 0.0) == (None, None)
+    assert counted() == before + 3
+    assert [r.getMessage() for r in caplog.records] == [
+        "iv and delta of an option cannot be computed (TypeError('of another version')); further such faults are only "
+        "counted"
+    ]
 
 
 def test_of_the_windows_close_and_the_future() -> None:

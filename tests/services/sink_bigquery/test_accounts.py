@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from services.sink_bigquery.accounts import accounts
 from services.sink_bigquery.costs import GIB, Spent
@@ -50,6 +51,21 @@ def test_costs_are_usage_and_draw_on_no_budget(bus: Bus, tmp_path: Path) -> None
     told = bus.client.xrange(bus.keys.stream(0, "usage"))
     usage = [message for _, fields in told for message in decode(fields[b"body"])]
     assert [(m.feed, m.day_events) for m in usage if isinstance(m, Usage)] == [("bigquery:storage_write", 101)]
+
+
+def test_accounts_that_cannot_be_read_are_a_fault_and_no_hindrance(bus: Bus, tmp_path: Path) -> None:
+    settings = Settings(
+        tapeline=Tapeline(store=f"sqlite:///{tmp_path / 's.db'}", partitions=1, namespace=bus.keys.namespace),
+        redis=RedisSettings(url=bus.url),
+    )
+    bus.deploy(1)
+    bus.call("hset", bus.keys.usage("bigquery:load"), day_of(now_ns()), b"{")
+    faults = {"where": "sink_bigquery.accounts"}
+    before = REGISTRY.get_sample_value("tapeline_faults_total", faults) or 0.0
+    spent = Spent("load")
+    with accounts(settings, spent, threading.Event()):
+        spent.add("load", "candles", 1, 100)
+    assert REGISTRY.get_sample_value("tapeline_faults_total", faults) == before + 1
 
 
 def test_the_accounts_own_rows_are_no_news(bus: Bus, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 from starlette.requests import Request
 
 from services.web import assets
@@ -58,6 +59,8 @@ def test_what_fails_behind_a_request_is_told_in_one_line(
 
     monkeypatch.setattr("services.web.app.create", creating)
     served = start(web_settings)
+    faults = {"where": "web.request"}
+    before = REGISTRY.get_sample_value("tapeline_faults_total", faults) or 0.0
     try:
         store = served.ask("/api/v1/fails?how=store")
         assert store.status == 503
@@ -74,6 +77,7 @@ def test_what_fails_behind_a_request_is_told_in_one_line(
         served.end()
     logged = [record for record in caplog.records if record.exc_info]
     assert [str(record.exc_info[1]) for record in logged if record.exc_info] == ["secret detail"]
+    assert REGISTRY.get_sample_value("tapeline_faults_total", faults) == before + 1
 
 
 def test_the_description_says_what_there_is_and_what_refusals_look_like(served: Served) -> None:

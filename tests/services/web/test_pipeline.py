@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client import REGISTRY
 
 from services.web import pipeline
 from services.web.pipeline import BusLook, Pipeline, StoreLook, _default
@@ -52,6 +53,13 @@ def test_streams_consumers_and_workers_are_told(web_settings: Settings, bus: Bus
     assert (stream["lag_records"], stream["slowest"]) == (3, "aggregate")
     (worker,) = first["workers"]
     assert (worker["service"], worker["alive"], worker["partitions"]) == ("aggregate", True, [0, 1])
+    assert (worker["healthy"], worker["why"]) == (True, "")
+    told = msgspec.json.decode(bus.call("hget", bus.keys.workers, "aggregate@here:1"))
+    told |= {"stalled_ms": 40_000, "part": "partition 1"}
+    bus.call("hset", bus.keys.workers, "aggregate@here:1", msgspec.json.encode(told))
+    (worker,) = look.look()["workers"]
+    assert (worker["alive"], worker["healthy"]) == (True, False)
+    assert worker["why"].startswith("partition 1 has not gone on for 4")
     publish(bus, 2, 5)
     until(lambda: redis_now_ms(bus) > look._counted["ticks"][1], what="time to pass")
     (stream,) = look.look()["streams"]
@@ -81,7 +89,10 @@ def test_a_feed_that_is_connected_but_silent_is_named(web_settings: Settings, bu
     feed(bus, "files", "ended", at_ms=now)
     assert {f["feed"]: f["since"] for f in look.look()["feeds"]}["files"] == since, "the state is the same"
     bus.call("hset", bus.keys.feeds, "broken", b"{")
+    faults = {"where": "web.pipeline"}
+    before = REGISTRY.get_sample_value("tapeline_faults_total", faults) or 0.0
     assert look.look()["redis"] == "what is in Redis cannot be read (DecodeError)"
+    assert REGISTRY.get_sample_value("tapeline_faults_total", faults) == before + 1
     bus.call("hdel", bus.keys.feeds, "broken")
     assert look.look()["redis"] == "ok"
     look.close()
