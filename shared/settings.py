@@ -156,7 +156,7 @@ class SignalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AlertRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which signals and events become an alert, of which severity, on which channels; empty matches all.
 
-    `events` are operational: feed_silent, gap, budget, backlog, dead_letters, worker. The first rule that matches counts.
+    `events` are operational: feed_silent, gap, budget, backlog, dead_letters, worker. The first match counts.
     """
 
     severity: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import logging
 import os
 import re
 import shlex
@@ -64,7 +65,9 @@ from shared.bus import Bus
 from shared.cli import cli
 from shared.cli_run import EX_TEMPFAIL
 from shared.frames import CANDLE, FEATURE_COLUMNS, FIXED, LATE, NS, PACKED, ROW_KINDS, TICK, Frame
+from shared.heartbeat import Beat
 from shared.keys import TOPICS, Keys
+from shared.log import JsonFormatter, Masker
 from shared.plugins import GROUP
 from shared.postgres import connect, run
 from shared.settings import ALIASES, BIGQUERY_METHODS, SECTIONS, AlertRule, Settings, env_name, load
@@ -1047,6 +1050,25 @@ def test_the_manifests_shown_are_of_this_program() -> None:
             assert manifest["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     assert set(given) <= names
     load(None, given)
+
+
+def test_every_check_of_doctor_is_documented() -> None:
+    folders = (ROOT / "shared", ROOT / "services" / "ingest")
+    source = "".join(path.read_text() for folder in folders for path in folder.glob("doctor*.py"))
+    names = {"settings", *re.findall(r'\b(?:Check|_vendor)\(\s*"([^"]+)"', source)}
+    assert len(names) > 10
+    told = sections(page("cli.md"))["`tapeline doctor`"]
+    listed = {name for r in table_rows(told) if len(r) == 2 and not r[0].startswith("`") for name in r[0].split(", ")}
+    assert listed - {"", "option", "check"} == names
+
+
+def test_every_field_of_heartbeats_and_log_lines_is_documented() -> None:
+    rows = {r[0]: r[2] for r in table_rows(sections(page("streams.md"))["Keys"])}
+    assert set(Beat.__struct_fields__) - {"worker"} <= set(quoted(rows["`md:workers`"]))
+    record = logging.LogRecord("shared.sink", logging.ERROR, "sink.py", 1, "said", (), (OSError, OSError("x"), None))
+    fields = json.loads(JsonFormatter("sink-sqlite", "sink-sqlite", Masker()).format(record))
+    listed = [n for r in table_rows(sections(page("observability.md"))["Logs"]) for n in quoted(r[0])]
+    assert listed == list(fields)
 
 
 def test_every_dashboard_is_documented() -> None:
