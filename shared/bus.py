@@ -126,10 +126,13 @@ class Bus:
         with self._errors():
             return getattr(self.client, command)(*args, **options)
 
-    def note(self, key: str, field: str, value: str | bytes) -> None:
-        """Set a field of a hash, even while Redis is at its maxmemory: for small things that keep the bus going."""
+    def note(self, key: str, field: str, value: str | bytes, *, new: bool = False) -> None:
+        """Set a field of a hash, even while Redis is at its maxmemory: for small things that keep the bus going.
+
+        `new`: only where there is no such field yet.
+        """
         with self._errors():
-            self._script["note"](keys=[key], args=[field, value])
+            self._script["note"](keys=[key], args=["HSETNX" if new else "HSET", field, value])
 
     def deploy(self, partitions: int) -> None:
         """Fix the number of partitions of this deployment, or check it.
@@ -257,8 +260,8 @@ class Bus:
     def load(self, partition: int, stage: str, topic: str) -> tuple[str, int, dict[str, bytes]]:
         """(position, output sequence, state) as last committed; registers the stage as a consumer."""
         k = self.keys
+        self.register(partition, topic, stage)
         with self._errors():
-            self.client.hsetnx(k.consumers(partition, topic), stage, "0-0")
             pos, seq = self.client.hmget(k.meta(partition, stage), "pos", "out_seq")
             state = self.client.hgetall(k.state(partition, stage))
         return (
@@ -326,8 +329,7 @@ class Bus:
 
     def register(self, partition: int, topic: str, consumer: str) -> None:
         """Hold back trimming for a consumer from now on (kept if it is known already)."""
-        with self._errors():
-            self.client.hsetnx(self.keys.consumers(partition, topic), consumer, "0-0")
+        self.note(self.keys.consumers(partition, topic), consumer, "0-0", new=True)
 
     def trim(self, partition: int, topic: str) -> int:
         """Trim what every consumer is done with; returns the entries removed."""

@@ -70,7 +70,7 @@ from shared.keys import TOPICS, Keys
 from shared.log import JsonFormatter, Masker
 from shared.plugins import GROUP
 from shared.postgres import connect, run
-from shared.settings import ALIASES, BIGQUERY_METHODS, SECTIONS, AlertRule, Settings, env_name, load
+from shared.settings import ALIASES, BIGQUERY_METHODS, NOT_SETTINGS, SECTIONS, AlertRule, Settings, env_name, load
 from shared.sink import Store
 from shared.stages import STAGES, readers
 from shared.tables import MESSAGE_TABLES, TABLES
@@ -83,6 +83,7 @@ from tests.wait import until
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
+FILES = ("conf", "db", "js", "json", "log", "md", "pid", "py", "service", "toml")
 SETTINGS = [(section, name) for section, kind in SECTIONS.items() for name in kind.__struct_fields__]
 
 
@@ -261,6 +262,19 @@ def test_settings_shown_are_valid(text: str, tmp_path: Path) -> None:
     path = tmp_path / "shown.toml"
     path.write_text(text)
     load(str(path), {})
+
+
+def test_every_setting_and_variable_that_is_named_exists() -> None:
+    names = {f"{section}.{name}" for section, name in SETTINGS}
+    variables = {env_name(name) for name in names} | set(ALIASES) | NOT_SETTINGS
+    variables |= {f"{name}_FILE" for name in variables}
+    for path in PAGES:
+        text = path.read_text()
+        named = set(re.findall(r"\bTAPELINE_[A-Z0-9_]*[A-Z0-9]\b", text))
+        assert {name for name in named if not name.startswith("TAPELINE_TEST_")} <= variables, path.name
+        for section, name in re.findall(r"`(\w+)\.(\w+)(?: = [^`]+)?`", prose(text)):
+            if section in SECTIONS and name not in FILES and f"{section}.{name}" != GROUP:
+                assert f"{section}.{name}" in names, f"{path.name}: {section}.{name}"
 
 
 # -- tables --------------------------------------------------------------------------------------
