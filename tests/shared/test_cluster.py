@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sqlite3
 import subprocess
 import threading
@@ -322,7 +323,7 @@ def look_at(cbus: Bus, tmp_path: Path) -> None:
     assert "forgotten" in run("streams", "drop-consumer", name, "--yes")
     doctor = run("doctor")
     assert "answers as a cluster of 3 primaries, append-only, noeviction" in doctor
-    assert "clock of redis: 0.00 s from ours" in doctor
+    assert re.search(r"clock of redis: 0\.\d\d s from ours", doctor)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
