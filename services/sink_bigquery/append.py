@@ -137,7 +137,9 @@ class Appender:
             raise StoreUnavailable(f"{where}: a column that was added is not known everywhere yet ({text[:200]})")
         if code == _CODES.RESOURCE_EXHAUSTED:
             raise StoreUnavailable(f"{where}: a quota is used up ({text[:200]})")
-        if code in (_CODES.OUT_OF_RANGE, _CODES.NOT_FOUND, _CODES.FAILED_PRECONDITION) or "finalized" in text.lower():
+        if "finalized" in text.lower():  # which only a sink that takes over does
+            raise Fenced(f"{where}: another sink has ended this one's stream ({code.name}: {text[:200]})")
+        if code in (_CODES.OUT_OF_RANGE, _CODES.NOT_FOUND, _CODES.FAILED_PRECONDITION):
             raise Fenced(f"{where}: the stream does not go on here ({code.name}: {text[:200]})")
         if error is not None:
             with errors(self._target, "append rows"):
